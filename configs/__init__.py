@@ -1,0 +1,1 @@
+"""Shipped configurations, read as package data."""

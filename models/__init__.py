@@ -1,0 +1,1 @@
+"""The bundled models, read as package data."""
