@@ -1,0 +1,1 @@
+"""Measure what was erased, what was kept and at what cost."""

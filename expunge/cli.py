@@ -1,0 +1,108 @@
+"""The command line: `expunge VERB …`, and how every command ends."""
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+from expunge import __version__
+from expunge.errors import UserError, unknown_name
+from expunge.registry import Entry, Registry
+
+VERBS = Registry(
+    "verb",
+    {
+        "train": Entry("expunge.train.train_erase:main", "erase a concept from a model's weights"),
+        "sample": Entry("expunge.sampling.command:main", "make pictures, with or without a LoRA"),
+        "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
+        "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
+        "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
+    },
+)
+
+# What `expunge ls` shows: "module:object" of a mapping name -> Entry, or a function that gives
+# name -> summary. Reading them must not import torch.
+TABLES = Registry(
+    "table",
+    {
+        "configs": Entry("expunge.configuration:shipped", "shipped configurations, for --config"),
+    },
+)
+
+Command = Callable[[list[str]], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `expunge` with these arguments; the exit status is returned."""
+    return run(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def run(command: Command, argv: list[str]) -> int:
+    """Call a command and turn how it ended into an exit status.
+
+    0 done; 2 the input is wrong (one line on stderr); 130 interrupted; 1 an internal failure, with
+    its traceback.
+    """
+    try:
+        return command(argv) or 0
+    except UserError as error:
+        print(f"expunge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("expunge: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def list_tables(argv: list[str]) -> None:
+    """`expunge ls [table …]`: print the tables, or those that are named."""
+    if "-h" in argv or "--help" in argv:
+        print("usage: expunge ls [TABLE …]\n")
+        _print_rows({name: entry.summary for name, entry in TABLES.items()})
+        return
+    for name in argv:
+        if name not in TABLES:
+            raise unknown_name("table", name, TABLES, "say: expunge ls [TABLE …]")
+    from rich.console import Console
+    from rich.table import Table
+
+    # Captured output must not be folded at the width of a terminal that is not there.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for name in argv or TABLES:
+        table = Table("name", "what it is", title=name, title_justify="left", box=None)
+        for row, summary in table_rows(name).items():
+            table.add_row(row, summary)
+        console.print(table, end="\n\n")
+
+
+def table_rows(name: str) -> dict[str, str]:
+    """The rows of one of the `TABLES`: name -> one-line summary."""
+    rows = TABLES.load(name)
+    found: Mapping[str, Entry | str] = rows() if callable(rows) else rows
+    return {k: v.summary if isinstance(v, Entry) else v for k, v in found.items()}
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: expunge VERB …\n\nRemove concepts from text-to-image diffusion models.\n")
+        _print_rows({name: entry.summary for name, entry in VERBS.items()})
+        print("\nexpunge VERB --help says more.")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"expunge {__version__}")
+        return 0
+    if argv[0] not in VERBS:
+        raise unknown_name("verb", argv[0], VERBS, "see expunge --help")
+    command: Command = VERBS.load(argv[0])
+    return command(argv[1:])
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, summary in rows.items():
+        print(f"  {name:{width}}  {summary}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sample from a model, erased or not."""

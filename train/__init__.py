@@ -1,0 +1,1 @@
+"""Erase concepts from the weights of a diffusion model."""

@@ -1,0 +1,1 @@
+"""Erasure objectives, one file per method."""
