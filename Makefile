@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-WHEEL_TREE := build/typecheck
+COPY := build/installed
 
 .PHONY: install demo test check clean
 
@@ -21,14 +21,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# The editable install is invisible to mypy, so it reads an installed copy.
+# An editable install shows mypy and import-linter no rooms, so both read an installed copy.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	rm -rf $(WHEEL_TREE)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(WHEEL_TREE) .
-	cd $(WHEEL_TREE) && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p expunge
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(COPY) .
+	cd $(COPY) && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml
+	cd $(COPY) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expunge
 
 clean:
 	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

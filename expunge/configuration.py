@@ -26,9 +26,9 @@ from expunge.decoding import (
     encode,
     field_default,
     fields_of,
-    members,
     read_yaml,
     registry_of,
+    section_of,
 )
 from expunge.errors import UserError, unknown_name
 
@@ -105,7 +105,7 @@ def _help_lines(cls: type, prefix: str, default: Any) -> list[str]:
         value = getattr(default, name) if default is not None else dataclasses.MISSING
         registry = registry_of(hint)
         meaning = field.metadata.get("help", "")
-        section = next((m for m in members(hint) if dataclasses.is_dataclass(m)), None)
+        section = section_of(hint)
         if registry is not None:
             lines.append(f"  --{prefix}{name}.{TYPE} NAME")
             lines += [f"      {meaning}"] if meaning else []

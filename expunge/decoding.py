@@ -190,7 +190,7 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Every key of a configuration, sections flattened; what a choice offers is left out."""
     for name, (hint, _) in fields_of(cls).items():
         yield prefix + name
-        section = next((m for m in members(hint) if dataclasses.is_dataclass(m)), None)
+        section = section_of(hint)
         if section is not None and registry_of(hint) is None:
             yield from dotted_keys(section, f"{prefix}{name}.")
 
@@ -198,6 +198,14 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
 def members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass of an annotation, also inside a union."""
+    for member in members(hint):
+        if isinstance(member, type) and dataclasses.is_dataclass(member):
+            return member
+    return None
 
 
 def registry_of(hint: Any) -> Registry | None:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -100,6 +101,12 @@ class Registry(Mapping[str, Entry]):
         self._read_plugins()
         return len(self._rows)
 
+    # A table is equal to itself only, and so may stand in an annotation.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     def _read_plugins(self) -> None:
         if self._plugins_read:
             return
@@ -120,7 +127,7 @@ def _refuse_second_copy(table: str) -> None:
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     scope: dict[str, Any] = frame.f_globals if frame is not None else vars(sys.modules["__main__"])
-    module, file = str(scope.get("__name__")), str(scope.get("__file__"))
+    module, file = str(scope.get("__name__")), os.path.realpath(str(scope.get("__file__")))
     first = _defined.setdefault((table, file), module)
     if first != module and "__main__" not in (first, module):
         raise ImportError(
