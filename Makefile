@@ -11,7 +11,6 @@ install: $(STAMP)
 # Installed again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[train,demo,dev]'
 	touch $@
 
