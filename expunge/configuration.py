@@ -38,7 +38,8 @@ T = TypeVar("T")
 def parse(cls: type[T], argv: Sequence[str], prog: str = "expunge") -> T:
     """Build ``cls`` from ``--config FILE`` and ``--dotted.key value`` options.
 
-    ``--help`` prints what the configuration holds and exits.
+    A field with ``metadata={"repeat": True}`` takes ``--key a b --key c`` as a list; ``--key``
+    alone sets a true-or-false field; ``--help`` prints what the configuration holds and exits.
 
     Args:
         cls: The dataclass of the whole configuration.
@@ -51,7 +52,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "expunge") -> T:
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, prog))
         raise SystemExit(0)
-    options = _read_options(argv)
+    options = _read_options(cls, argv)
     config = options.pop(("config",), None)
     source, values = _read_file(config) if config is not None else (None, {})
     overrides: dict[str, Any] = {}
@@ -129,8 +130,16 @@ def _inline(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _read_options(argv: Sequence[str]) -> dict[tuple[str, ...], Text]:
-    options: dict[tuple[str, ...], Text] = {}
+def _field_at(cls: type, path: Sequence[str]) -> "tuple[Any, dataclasses.Field[Any]] | None":
+    hint, field = fields_of(cls).get(path[0], (None, None))
+    if field is None or len(path) == 1:
+        return None if field is None else (hint, field)
+    section = section_of(hint)
+    return None if section is None else _field_at(section, path[1:])
+
+
+def _read_options(cls: type, argv: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    options: dict[tuple[str, ...], Any] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -140,17 +149,22 @@ def _read_options(argv: Sequence[str]) -> dict[tuple[str, ...], Text]:
                 f"got {word!r} on the command line; allowed: --key value; "
                 "put a value that holds spaces in quotes"
             )
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(
-                    f"got --{name} without a value; allowed: --{name} value; "
-                    f"a switch is written --{name} true"
-                )
-            value = rest.pop(0)
         path = tuple(name.split("."))
-        if path in options:
+        hint, field = _field_at(cls, path) or (None, None)
+        repeats = field is not None and field.metadata.get("repeat", False)
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--") and (repeats or not values):
+            values.append(rest.pop(0))
+        if not values and hint is bool:
+            values = ["true"]
+        if not values:
+            raise UserError(f"got --{name} without a value; allowed: --{name} value; add the value")
+        if repeats:
+            options.setdefault(path, []).extend(map(Text, values))
+        elif path in options:
             raise UserError(f"got --{name} twice; allowed: once; remove one of them")
-        options[path] = Text(value)
+        else:
+            options[path] = Text(values[0])
     return options
 
 
@@ -190,7 +204,7 @@ def _read_shipped(name: str) -> str:
     raise unknown_name("configuration file", name, names, "or give the path of a YAML file")
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], text: Text) -> None:
+def _put(tree: dict[str, Any], path: tuple[str, ...], text: Any) -> None:
     for depth, part in enumerate(path[:-1]):
         inner = _as_section(tree.setdefault(part, {}))
         if not isinstance(inner, dict):

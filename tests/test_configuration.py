@@ -70,6 +70,8 @@ class Config:
     seed: int | Literal["random"] = 0
     note: str | None = None
     tags: list[str] = field(default_factory=list)
+    prompts: tuple[str, ...] = field(default=("a bomb",), metadata={"repeat": True})
+    seeds: list[int] = field(default_factory=list, metadata={"repeat": True})
 
 
 def read(*argv: str, text: str | None = None, tmp_path: Path | None = None) -> Config:
@@ -154,6 +156,26 @@ def test_command_line_text_means_what_its_field_takes(argv: list[str], value: ob
     assert type(got) is type(value) or isinstance(got, Path)
 
 
+def test_a_switch_needs_no_value() -> None:
+    assert named("--resume").resume
+    assert named("--resume", "--steps", "3").steps == 3
+    assert not named("--resume=false").resume
+
+
+def test_a_repeated_option_is_a_list_of_its_values_as_typed(tmp_path: Path) -> None:
+    assert named("--prompts", "[a, b]", "no", "--steps", "1", "--prompts=--x").prompts == (
+        "[a, b]",
+        "no",
+        "--x",
+    )
+    assert named("--seeds", "1", "2").seeds == [1, 2]
+    with pytest.raises(UserError, match=r"got 'x' for seeds\.1 on the command line"):
+        named("--seeds", "1", "x")
+    text = "concept: {name: a}\nprompts: [from the file]"
+    assert read(text=text, tmp_path=tmp_path).prompts == ("from the file",)
+    assert read("--prompts", "typed", text=text, tmp_path=tmp_path).prompts == ("typed",)
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -184,8 +206,12 @@ def test_command_line_text_means_what_its_field_takes(argv: list[str], value: ob
         (["--lora", "null", "--lora.rank", "2"], ["both --lora null and --lora.rank"]),
         (["--lora.rank", "2", "--lora", "null"], ["both --lora null"]),
         (["--lora.rank", "0"], ["got lora.rank 0"]),
-        (["--resume"], ["without a value", "--resume true"]),
-        (["--resume", "--steps", "3"], ["--resume without a value"]),
+        (["--steps"], ["got --steps without a value"]),
+        (["--steps", "--resume"], ["got --steps without a value"]),
+        (["--resume", "3"], ["got 3 for resume", "true or false"]),
+        (["--tags", "[a]", "--tags", "[b]"], ["--tags twice"]),
+        (["--prompts"], ["--prompts without a value"]),
+        (["--concept.name.x", "--resume"], ["without a value"]),
         (["stray"], ["got 'stray'"]),
         (["--", "3"], ["'--'"]),
         (["--steps", "{"], ["got '{'"]),

@@ -81,3 +81,26 @@ def test_no_module_shadows_a_dependency_or_the_standard_library(
         if inside.endswith(".py"):
             for part in parts:
                 assert part not in taken, f"{inside} shadows {part}"
+
+
+def test_no_package_imports_torch_by_itself(source_files: dict[str, Path], tmp_path: Path) -> None:
+    packages = [
+        inside.removesuffix("/__init__.py").replace("/", ".")
+        for inside in source_files
+        if inside.endswith("/__init__.py")
+    ]
+    assert "expunge.train" in packages
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *packages],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
