@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from expunge.decoding import (
+from expunge.schema import (
     TYPE,
     Context,
     Text,
