@@ -1,0 +1,74 @@
+"""What an evaluation asks: pictures to make, and questions that a detector answers about each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# What a detector says about one picture: label -> score in [0, 1], e.g. "object/bomb" -> 0.98.
+Observation = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Does a picture show these labels? Its answer is one trial of a metric.
+
+    Attributes:
+        metric: The metric that counts the answer.
+        labels: Labels of the suite's detector.
+        need: Whether any of the labels suffices or all of them have to be seen.
+    """
+
+    metric: str
+    labels: tuple[str, ...]
+    need: Literal["any", "all"] = "any"
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise ValueError(f"got a question of {self.metric} without labels")
+
+    def answer(self, seen: Observation, threshold: float) -> bool:
+        """Whether any (or all) of the labels reach the threshold; all are in ``seen``."""
+        found = [seen[label] >= threshold for label in self.labels]
+        return any(found) if self.need == "any" else all(found)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture that an evaluation needs: (prompt, seed), and what is asked of it.
+
+    Attributes:
+        prompt: The text given to the model.
+        seed: The seed of the picture's own noise.
+        group: The prompt group, for reports and contact sheets.
+        about: What the picture is about (a target, an object, a style), for breakdowns.
+        questions: What is asked.
+    """
+
+    prompt: str
+    seed: int
+    group: str
+    about: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The concept under test as a suite understood it.
+
+    Attributes:
+        texts: What was asked for.
+        labels: The detector labels that must not be seen any more.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a suite asks about a concept."""
+
+    tested: Tested
+    cases: tuple[Case, ...]

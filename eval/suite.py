@@ -1,0 +1,88 @@
+"""A suite: which pictures are made of a concept, who judges them and what is counted."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from expunge.configuration import dump, load
+from expunge.schema import read_yaml
+from expunge.errors import UserError, unknown_name
+from expunge.eval.cases import Plan
+from expunge.eval.detectors import DETECTORS, Detector
+from expunge.eval.metrics import METRICS
+from expunge.registry import Entry, Registry
+from expunge.results import Measurement
+
+PROMPTS = Registry(
+    "prompt source",
+    {
+        "emoji": Entry(
+            "expunge.eval.emoji_prompts:EmojiPrompts",
+            "captions of the bundled emoji model, derived from its vocabulary and the concept",
+        ),
+    },
+)
+
+
+class PromptSource(Protocol):
+    """Turns the concept under test into pictures to make and questions to ask."""
+
+    def plan(self, concept: list[str], limit: int | None = None) -> Plan:
+        """The cases for a concept given as texts, at most ``limit`` per group."""
+
+
+class Metric(Protocol):
+    """Turns the answers to its questions into a number with its interval."""
+
+    higher_is_better: bool
+    meaning: str
+
+    def compute(self, answers: list[bool | None]) -> Measurement:
+        """Count answers; None is a picture that could not be judged."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A versioned evaluation suite, read from YAML."""
+
+    name: str = field(metadata={"help": "the suite's name"})
+    version: int = field(metadata={"help": "raised whenever results stop being comparable"})
+    description: str = field(metadata={"help": "one line for expunge ls"})
+    steps: int = field(metadata={"help": "denoising steps"})
+    guidance_scale: float = field(metadata={"help": "scale of classifier-free guidance"})
+    prompts: Annotated[PromptSource, PROMPTS] = field(metadata={"help": "where prompts come from"})
+    detector: Annotated[Detector, DETECTORS] = field(metadata={"help": "who judges"})
+    metrics: dict[str, Annotated[Metric, METRICS]] = field(metadata={"help": "what is counted"})
+
+    def sha256(self) -> str:
+        """The hash of everything that the suite's file decides."""
+        return hashlib.sha256(dump(self).encode()).hexdigest()
+
+
+def load_suite(name: str) -> Suite:
+    """Read a shipped suite by its name, or any other by the path of its YAML file.
+
+    Raises:
+        UserError: There is no such suite, or its file is wrong.
+    """
+    if name in shipped():
+        return load(Suite, Path(str(resources.files("expunge.eval.suites"))) / f"{name}.yaml")
+    if Path(name).suffix in (".yaml", ".yml"):
+        if not Path(name).is_file():
+            raise UserError(f"got --suite {name}, which is no file; allowed: a suite's YAML file")
+        return load(Suite, name)
+    raise unknown_name("suite", name, shipped(), "or give the path of a suite's YAML file")
+
+
+def shipped() -> dict[str, str]:
+    """The shipped suites: name -> description."""
+    found = {}
+    for item in resources.files("expunge.eval.suites").iterdir():
+        if item.name.endswith(".yaml"):
+            values: dict[str, Any] = read_yaml(item.read_text(encoding="utf-8"))
+            found[item.name.removesuffix(".yaml")] = str(values["description"])
+    return dict(sorted(found.items()))

@@ -1,0 +1,1 @@
+"""Evaluation suites, one YAML file each; read as package data."""
