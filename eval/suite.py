@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from expunge.configuration import dump, load
-from expunge.schema import read_yaml
 from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Plan
 from expunge.eval.detectors import DETECTORS, Detector
 from expunge.eval.metrics import METRICS
 from expunge.registry import Entry, Registry
 from expunge.results import Measurement
+from expunge.schema import read_yaml
 
 PROMPTS = Registry(
     "prompt source",
@@ -56,6 +56,7 @@ class Suite:
     guidance_scale: float = field(metadata={"help": "scale of classifier-free guidance"})
     prompts: Annotated[PromptSource, PROMPTS] = field(metadata={"help": "where prompts come from"})
     detector: Annotated[Detector, DETECTORS] = field(metadata={"help": "who judges"})
+    groups: dict[str, str] = field(metadata={"help": "prompt group -> its title in reports"})
     metrics: dict[str, Annotated[Metric, METRICS]] = field(metadata={"help": "what is counted"})
 
     def sha256(self) -> str:

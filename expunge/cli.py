@@ -25,6 +25,11 @@ TABLES = Registry(
     "table",
     {
         "configs": Entry("expunge.configuration:shipped", "shipped configurations, for --config"),
+        "suites": Entry(
+            "expunge.eval.suite:shipped", "evaluation suites, for --suite"
+        ),
+        "detectors": Entry("expunge.eval.detectors:DETECTORS", "judges that a suite can use"),
+        "metrics": Entry("expunge.eval.metrics:METRICS", "what a suite can count"),
     },
 )
 

@@ -1,0 +1,261 @@
+"""`expunge eval`: measure what is erased and what is kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from expunge.configuration import parse
+from expunge.errors import UserError
+from expunge.results import MARKER, fresh_output_dir, sha256_file, write_json_atomic
+from expunge.sampling.samplers import SAMPLERS
+
+RUN = "run.json"
+PLAIN = "plain"
+_REPEAT = "may be repeated"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `expunge eval` is told."""
+
+    output_dir: Path = field(metadata={"help": "where the report goes; a rerun resumes"})
+    suite: str = field(default="emoji", metadata={"help": "expunge ls suites, or a YAML file"})
+    model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"a LoRA's folder or file; {_REPEAT}", "repeat": True},
+    )
+    lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
+    sampler: str = field(default=PLAIN, metadata={"help": "see: expunge ls samplers"})
+    concept: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"the concept under test; {_REPEAT}; without it, what the LoRA says it erases",
+            "repeat": True,
+        },
+    )
+    base: bool = field(default=True, metadata={"help": "evaluate the plain model as well"})
+    limit: int | None = field(
+        default=None, metadata={"help": "pictures per group; marks the report as a smoke run"}
+    )
+    batch_size: int = field(
+        default=16, metadata={"help": "pictures at a time; results do not depend on it"}
+    )
+    store: Path | None = field(
+        default=None,
+        metadata={"help": "folder of pictures that runs share; default: OUTPUT_DIR/images"},
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = field(
+        default="auto", metadata={"help": "where the model runs"}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "empty an output folder that holds another evaluation"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"got batch_size {self.batch_size}; allowed: a positive number")
+
+
+def main(argv: list[str]) -> None:
+    """Run `expunge eval`."""
+    run(parse(EvalConfig, argv, "expunge eval"))
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate a model, beside its base when it has LoRA; write and print the report.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        UserError: A wrong setting, or an output folder that holds another evaluation.
+    """
+    from expunge.eval.report import Evaluation, print_table, write_report
+    from expunge.eval.store import ImageStore
+    from expunge.eval.suite import load_suite
+
+    started = time.monotonic()
+    wrap = SAMPLERS.load(config.sampler)
+    suite = load_suite(config.suite)
+    plan = suite.prompts.plan(_concept(config), config.limit)
+    detector = suite.detector.open()
+    settings = _settings(config) | {
+        "suite": suite.sha256(),
+        "concept": list(plan.tested.texts),
+        "detector": detector.protocol(),
+    }
+    _refuse_another(config, settings)
+    # Loading the erased model first finds what is wrong with it before anything is written.
+    guarded = bool(config.lora) or config.sampler != PLAIN
+    label = "erased" if guarded else "model"
+    outcomes = {}
+    store = ImageStore(config.store or config.output_dir / "images")
+    for name in [label, "base"] if guarded and config.base else [label]:
+        generator = _generator(config, suite, wrap, erased=name != "base")
+        if name == label:
+            fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
+        _claim(config.output_dir, settings, name, generator.identity())
+        outcomes[name] = _evaluate(config, suite, plan, detector, generator, store, name)
+    evaluation = Evaluation(
+        suite=suite,
+        plan=plan,
+        smoke=config.limit is not None,
+        title=_title(config),
+        label=label,
+        outcome=outcomes[label],
+        base=outcomes.get("base"),
+        detector=detector.protocol(),
+    )
+    cost = {
+        "generated": {name: outcome.generated for name, outcome in outcomes.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        "notes": store.notes,
+    }
+    report = write_report(evaluation, store, config.output_dir, cost)
+    print_table(evaluation)
+    for note in store.notes:
+        print(f"note: {note}")
+    print(f"{config.output_dir}: report.md, report.json, scores.json, grid.png")
+    return report
+
+
+def _evaluate(
+    config: EvalConfig, suite: Any, plan: Any, detector: Any, generator: Any, store: Any, name: str
+) -> Any:
+    from expunge.eval.harness import evaluate
+
+    return evaluate(
+        generator,
+        plan.cases,
+        suite.metrics,
+        detector,
+        suite.detector.threshold,
+        store,
+        batch_size=config.batch_size,
+        label=name,
+    )
+
+
+def _generator(config: EvalConfig, suite: Any, wrap: Any, *, erased: bool) -> Any:
+    """The model under evaluation; the base is the same without LoRA and without sampler."""
+    import torch
+
+    from expunge.eval.generators import PipelineGenerator
+    from expunge.sampling.load import load_erased
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lora = config.lora if erased else []
+    pipeline = load_erased(config.model, lora, config.lora_scale, device=device)
+    return PipelineGenerator(
+        wrap(pipeline) if erased else pipeline,
+        steps=suite.steps,
+        guidance_scale=suite.guidance_scale,
+        sampler=config.sampler if erased else PLAIN,
+        adapters=_adapters(config) if erased else [],
+    )
+
+
+def _concept(config: EvalConfig) -> list[str]:
+    """The texts of the concept under test: those that were given, else those of the LoRA."""
+    if config.concept:
+        return config.concept
+    if not config.lora:
+        raise UserError(
+            "got neither --concept nor --lora; allowed: a concept to look for; say for example "
+            "--concept bomb"
+        )
+    from expunge.adapters import read_metadata
+
+    texts = []
+    for lora in config.lora:
+        concept = read_metadata(lora).get("concept", {})
+        targets = concept.get("targets") or [concept[key] for key in ("name",) if key in concept]
+        if not targets:
+            raise UserError(
+                f"got LoRA {lora}, which does not say what it erases; allowed: one that expunge "
+                "wrote, or any with --concept; say for example --concept bomb"
+            )
+        texts += [text for text in targets if text not in texts]
+    return texts
+
+
+def _adapters(config: EvalConfig) -> list[dict[str, Any]]:
+    from expunge.adapters import locate
+
+    return [{"sha256": sha256_file(locate(x)), "scale": config.lora_scale} for x in config.lora]
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """What makes two evaluations the same, as far as it is known before a model is loaded."""
+    return {
+        "model": config.model,
+        "adapters": _adapters(config),
+        "sampler": config.sampler,
+        "base": config.base,
+        "limit": config.limit,
+        "device": config.device,
+    }
+
+
+def _title(config: EvalConfig) -> str:
+    names = [Path(lora).name or lora for lora in config.lora]
+    names += [config.sampler] if config.sampler != PLAIN else []
+    return " + ".join([Path(config.model).name or config.model, *names])
+
+
+def _refuse_another(config: EvalConfig, settings: dict[str, Any]) -> None:
+    """Take a new folder, or that of the same evaluation, or with `overwrite` of any evaluation."""
+    folder = config.output_dir
+    fresh_output_dir(folder, config.overwrite, not config.overwrite, dry_run=True)
+    if not folder.is_dir() or all(item.name == MARKER for item in folder.iterdir()):
+        return
+    if not (folder / RUN).is_file():
+        # A training's folder carries the marker too, and must not be emptied for a report.
+        raise UserError(
+            f"got output folder {folder}, which holds results that are no evaluation; allowed: a "
+            "new or an empty folder; choose another --output_dir"
+        )
+    if config.overwrite:
+        return
+    known = _read_run(folder)["settings"]
+    changed = [key for key in settings if known.get(key) != settings[key]]
+    if changed:
+        raise UserError(
+            f"got output folder {folder}, which holds an evaluation with another "
+            f"{' and '.join(changed)}; allowed: the same one (it resumes) or a new folder; choose "
+            "another --output_dir, or say --overwrite true"
+        )
+
+
+def _claim(folder: Path, settings: dict[str, Any], name: str, identity: dict[str, Any]) -> None:
+    """Write down whose evaluation the folder holds; refuse a model that has changed since."""
+    found = (folder / RUN).is_file()
+    run = _read_run(folder) if found else {"settings": settings, "generators": {}}
+    known = run["generators"].setdefault(name, identity)
+    if known != identity:
+        changed = [key for key in identity if known.get(key) != identity[key]]
+        raise UserError(
+            f"got output folder {folder}, which holds an evaluation of another {name} model "
+            f"({', '.join(changed)} changed); choose another --output_dir, or say --overwrite true"
+        )
+    write_json_atomic(folder / RUN, run)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if not isinstance(found["settings"], dict) or not isinstance(found["generators"], dict):
+            raise ValueError("it holds no evaluation")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"got output folder {folder}, whose {RUN} cannot be read ({error!r}); choose another "
+            "--output_dir, or say --overwrite true"
+        ) from None
+    return found

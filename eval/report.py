@@ -1,0 +1,294 @@
+"""The files of an evaluation: report.json, scores.json, report.md, grid.png and the final table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from expunge.eval.cases import Case, Plan
+from expunge.eval.grid import Cell, Section, contact_sheet, spread
+from expunge.eval.harness import Outcome, Score
+from expunge.eval.store import ImageStore, content_hash
+from expunge.eval.suite import Suite
+from expunge.pictures import save_png
+from expunge.results import (
+    Measurement,
+    provenance,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+SCHEMA_VERSION = 1
+COLUMNS = 8
+_STORED_FROM = 0.01
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that a report tells.
+
+    Attributes:
+        suite: The suite.
+        plan: The concept under test and the cases.
+        smoke: Whether the pictures were limited, so that numbers compare with nothing.
+        title: What was evaluated, for people.
+        label: What the evaluated model is called beside the base: "erased", or "model".
+        outcome: The evaluated model's.
+        base: The base model's; None when it was not evaluated.
+        detector: The judge's protocol.
+    """
+
+    suite: Suite
+    plan: Plan
+    smoke: bool
+    title: str
+    label: str
+    outcome: Outcome
+    base: Outcome | None
+    detector: dict[str, Any]
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """The models, base first."""
+        base = {"base": self.base} if self.base is not None else {}
+        return base | {self.label: self.outcome}
+
+    def relative(self) -> dict[str, float | None]:
+        """The share of the base's own value, for every metric of which more is better."""
+        if self.base is None:
+            return {}
+        return {
+            name: _ratio(measured.value, self.base.metrics[name].value)
+            for name, measured in self.outcome.metrics.items()
+            if measured.higher_is_better
+        }
+
+    def sheet_title(self) -> str:
+        """The concept, in its own words."""
+        return f"{', '.join(self.plan.tested.texts)}: {self.title}"
+
+
+def write_report(
+    evaluation: Evaluation, store: ImageStore, folder: Path, cost: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write all files of a report; report.json comes last and so says that it is complete.
+
+    Args:
+        evaluation: What to tell.
+        store: Where the pictures are.
+        folder: Where the files go.
+        cost: What differs between runs with the same result: seconds, pictures made.
+
+    Returns:
+        What report.json holds.
+    """
+    sheet = _contact_sheet(evaluation, store)
+    save_png(sheet, folder / "grid.png")
+    write_json_atomic(folder / "scores.json", _scores(evaluation))
+    write_text_atomic(folder / "report.md", markdown(evaluation))
+    report = to_dict(evaluation) | {"provenance": provenance() | dict(cost)}
+    write_json_atomic(folder / "report.json", report)
+    return report
+
+
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """The part of report.json that is the same whenever the same thing is evaluated."""
+    suite, plan = evaluation.suite, evaluation.plan
+    outcomes = evaluation.outcomes()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "suite": suite.name,
+        "version": suite.version,
+        "suite_sha256": suite.sha256(),
+        "prompts_sha256": content_hash([_case(case) for case in plan.cases]),
+        "smoke": evaluation.smoke,
+        "title": evaluation.title,
+        "concept": {"texts": list(plan.tested.texts), "labels": list(plan.tested.labels)},
+        "metrics": _measurements(evaluation.outcome.metrics),
+        "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
+        "relative": evaluation.relative(),
+        "breakdown": {
+            model: {name: _measurements(rows) for name, rows in outcome.breakdown.items()}
+            for model, outcome in outcomes.items()
+        },
+        "detector": evaluation.detector,
+        "generators": {model: outcome.identity for model, outcome in outcomes.items()},
+    }
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """report.md."""
+    suite, outcomes = evaluation.suite, evaluation.outcomes()
+    lines = [f"# {evaluation.sheet_title()}", ""]
+    if evaluation.smoke:
+        lines += ["**Smoke run with `--limit`: these numbers compare with nothing.**", ""]
+    lines += [
+        f"Suite `{suite.name}` version {suite.version}, {len(evaluation.plan.cases)} pictures per "
+        f"model, {suite.steps} steps, guidance {suite.guidance_scale:g}, judged by "
+        f"`{evaluation.detector.get('detector', 'a detector')}` "
+        f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
+        "Brackets are 95 % intervals (Wilson).",
+        "",
+    ]
+    header = ["metric", "good is", *outcomes, *(["of base"] if evaluation.base else []), "n"]
+    lines += [_row(header), _row(["---"] * len(header))]
+    lines += [_row(cells) for cells in _table(evaluation, code=True)]
+    unknown = _unknown(evaluation)
+    if unknown:
+        lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
+    if len({c.about for c in evaluation.plan.cases if c.group == "target"}) > 1:
+        lines += ["", "## Each target", "", *_breakdown(evaluation)]
+    lines += ["", "## What the metrics mean", ""]
+    lines += [f"- `{name}`: {metric.meaning}." for name, metric in suite.metrics.items()]
+    lines += ["", "![base and erased at the same seeds](grid.png)", ""]
+    return "\n".join(lines)
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print the table to stdout."""
+    title = evaluation.sheet_title() + (" (smoke run, not comparable)" if evaluation.smoke else "")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("good is")
+    for model in evaluation.outcomes():
+        table.add_column(model, no_wrap=True)
+    if evaluation.base:
+        table.add_column("of base", justify="right")
+    table.add_column("n", justify="right")
+    for cells in _table(evaluation):
+        table.add_row(*cells)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(120, console.width))
+    console.print(table)
+    for line in _unknown(evaluation):
+        console.print(f"unknown: {line}", style="yellow", markup=False)
+
+
+def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
+    relative = evaluation.relative()
+    rows = []
+    for name, measured in evaluation.outcome.metrics.items():
+        cells = [f"`{name}`" if code else name, "high" if measured.higher_is_better else "low"]
+        cells += [_shown(outcome.metrics[name]) for outcome in evaluation.outcomes().values()]
+        if evaluation.base:
+            cells.append(_percent(relative.get(name)) if name in relative else "")
+        rows.append([*cells, str(measured.n)])
+    return rows
+
+
+def _breakdown(evaluation: Evaluation) -> list[str]:
+    outcomes = evaluation.outcomes()
+    lines = []
+    for name in {
+        q.metric: 0 for c in evaluation.plan.cases if c.group == "target" for q in c.questions
+    }:
+        header = [f"`{name}`", *outcomes, "n"]
+        lines += [_row(header), _row(["---"] * len(header))]
+        for about, measured in evaluation.outcome.breakdown[name].items():
+            cells = [_shown(outcome.breakdown[name][about]) for outcome in outcomes.values()]
+            lines.append(_row([about, *cells, str(measured.n)]))
+    return lines
+
+
+def _unknown(evaluation: Evaluation) -> list[str]:
+    lines = []
+    for model, outcome in evaluation.outcomes().items():
+        failed = [score.error for score in outcome.scores if score.error is not None]
+        if failed:
+            lines.append(
+                f"{len(failed)} of {len(outcome.scores)} pictures of {model} could not be judged; "
+                f"the intervals cover whatever they show ({failed[0]})"
+            )
+    return lines
+
+
+def _contact_sheet(evaluation: Evaluation, store: ImageStore) -> Any:
+    cases = evaluation.plan.cases
+    sections = []
+    for group, title in evaluation.suite.groups.items():
+        places = [i for i, case in enumerate(cases) if case.group == group]
+        places = [places[i] for i in spread(len(places), COLUMNS)]
+        if places:
+            rows = {
+                model: [_cell(evaluation.suite, outcome.scores[i], store) for i in places]
+                for model, outcome in evaluation.outcomes().items()
+            }
+            note = _note(evaluation, [q.metric for q in cases[places[0]].questions])
+            sections.append(Section(title, note, [cases[i].prompt for i in places], rows))
+    subtitle = (
+        f"Same prompt and same seed in every column. Suite {evaluation.suite.name} "
+        f"{evaluation.suite.version}, n and 95 % intervals in report.md."
+    )
+    return contact_sheet(evaluation.sheet_title(), subtitle, sections)
+
+
+def _cell(suite: Suite, score: Score, store: ImageStore) -> Cell:
+    answers = score.answers.items()
+    wanted = None
+    if all(answer is not None for _, answer in answers):
+        wanted = all(answer == suite.metrics[name].higher_is_better for name, answer in answers)
+    return Cell(store.read(score.picture), wanted)
+
+
+def _note(evaluation: Evaluation, names: Sequence[str]) -> str:
+    notes = []
+    for name in names:
+        values = [_percent(o.metrics[name].value) for o in evaluation.outcomes().values()]
+        notes.append(f"{name} {' → '.join(values)}")
+    return "   ".join(notes)
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    rows = []
+    for i, case in enumerate(evaluation.plan.cases):
+        models = {m: _score(outcome.scores[i]) for m, outcome in evaluation.outcomes().items()}
+        rows.append(_case(case) | models)
+    return {"schema_version": SCHEMA_VERSION, "rows": rows}
+
+
+def _case(case: Case) -> dict[str, Any]:
+    return {
+        "prompt": case.prompt,
+        "seed": case.seed,
+        "group": case.group,
+        "about": case.about,
+        "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in case.questions],
+    }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    seen = None
+    if score.seen is not None:
+        # Most labels of most pictures are at zero, and would be most of the file.
+        seen = {k: round(v, 4) for k, v in score.seen.items() if v >= _STORED_FROM}
+    found: dict[str, Any] = {"picture": score.picture, "answers": score.answers, "scores": seen}
+    return found if score.error is None else found | {"error": score.error}
+
+
+def _measurements(measured: Mapping[str, Measurement]) -> dict[str, Any]:
+    return {name: m.to_dict() for name, m in measured.items()}
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
+
+
+def _shown(measured: Measurement) -> str:
+    if measured.value is None or measured.low is None or measured.high is None:
+        return "–"
+    interval = f"[{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
+    unknown = f" ({measured.unknown} unknown)" if measured.unknown else ""
+    return f"{_percent(measured.value)} {interval}{unknown}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,113 @@
+"""A store of pictures under the hash of everything that determines them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from expunge.errors import UserError
+from expunge.results import write_json_atomic
+
+Pixels = NDArray[np.uint8]
+
+
+def content_hash(value: Any) -> str:
+    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ImageStore:
+    """PNG files named by the hash of (identity of the generator, prompt, seed).
+
+    A picture is written under a temporary name and renamed, so that a reader never sees a part of
+    one, and it carries the hash of its pixels, so that a damaged file is found out. Several runs
+    may share a store.
+
+    Attributes:
+        notes: What was found damaged, for the report.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.notes: list[str] = []
+
+    def key(self, identity: Mapping[str, Any], prompt: str, seed: int) -> str:
+        """The name of a picture."""
+        return content_hash({"identity": identity, "prompt": prompt, "seed": seed})
+
+    def path(self, key: str) -> Path:
+        """Where a picture lies, or would."""
+        return self.root / key[:2] / f"{key}.png"
+
+    def read(self, key: str) -> Pixels | None:
+        """The picture (H, W, 3), or None when it is missing or damaged; damage is noted."""
+        path = self.path(key)
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+                text = getattr(image, "text", {})
+        except FileNotFoundError:
+            return None
+        # PIL raises SyntaxError, EOFError, OSError and others, according to what is broken.
+        except Exception as error:
+            self._note(path, f"{type(error).__name__}: {error}")
+            return None
+        if text.get("pixels") != hashlib.sha256(pixels.tobytes()).hexdigest():
+            self._note(path, "its pixels are not those that were written")
+            return None
+        return pixels
+
+    def write(self, key: str, pixels: Pixels, prompt: str, seed: int) -> None:
+        """Store a picture (H, W, 3).
+
+        Raises:
+            UserError: The folder cannot be written to, or the disk is full.
+        """
+        path = self.path(key)
+        information = PngInfo()
+        information.add_itxt("prompt", prompt)
+        information.add_text("seed", str(seed))
+        information.add_text("pixels", hashlib.sha256(pixels.tobytes()).hexdigest())
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as stream:
+                    Image.fromarray(pixels).save(stream, "PNG", pnginfo=information)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"got image store {self.root}; allowed: a folder that can be written to; "
+                f"{error.strerror or error}; free space or choose another with --store, then rerun"
+            ) from error
+
+    def describe(self, identity: Mapping[str, Any]) -> None:
+        """Leave a note of what an identity is beside its pictures, for people."""
+        folder = self.root / "identities"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{content_hash(identity)}.json"
+            if not path.exists():
+                write_json_atomic(path, dict(identity))
+        except OSError as error:
+            raise UserError(
+                f"got image store {self.root}; allowed: a folder that can be written to; "
+                f"{error.strerror or error}; choose another with --store"
+            ) from error
+
+    def _note(self, path: Path, why: str) -> None:
+        self.notes.append(f"{path.relative_to(self.root)} was damaged and is made again ({why})")
