@@ -1,5 +1,6 @@
 """The command line: `expunge VERB …`, and how every command ends."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,11 @@ VERBS = Registry(
 TABLES = Registry(
     "table",
     {
+        "objectives": Entry("expunge.train.objectives:OBJECTIVES", "ways to erase, for training"),
+        "latents": Entry("expunge.train:LATENTS", "where training finds its noisy latents"),
+        "samplers": Entry("expunge.sampling.samplers:SAMPLERS", "ways to sample"),
         "configs": Entry("expunge.configuration:shipped", "shipped configurations, for --config"),
-        "suites": Entry(
-            "expunge.eval.suite:shipped", "evaluation suites, for --suite"
-        ),
+        "suites": Entry("expunge.eval.suite:shipped", "evaluation suites, for --suite"),
         "detectors": Entry("expunge.eval.detectors:DETECTORS", "judges that a suite can use"),
         "metrics": Entry("expunge.eval.metrics:METRICS", "what a suite can count"),
     },
@@ -47,6 +49,9 @@ def run(command: Command, argv: list[str]) -> int:
     0 done; 2 the input is wrong (one line on stderr); 130 interrupted; 1 an internal failure, with
     its traceback.
     """
+    # The libraries warn of what expunge checks itself, and errors instead of warning.
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         return command(argv) or 0
     except UserError as error:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from expunge.errors import UserError, unknown_name
 from expunge.schema import (
     TYPE,
     Context,
@@ -30,7 +31,6 @@ from expunge.schema import (
     registry_of,
     section_of,
 )
-from expunge.errors import UserError, unknown_name
 
 T = TypeVar("T")
 

@@ -1,0 +1,138 @@
+"""Load a pipeline by name, folder or hub id, and say which of its modules belong to which group."""
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import UserError, nearest
+
+BUNDLED = ("emoji",)
+GUIDANCE_SCALE = {"emoji": 4.0}
+MODULE_GROUPS = {
+    "x": "cross-attention: attn2 q, k, v, out",
+    "x-strict": "cross-attention: attn2 k, v",
+    "u": "all linear layers and convolutions but attn2, time embedding, conv_in, conv_out",
+    "all": "all linear layers and convolutions but time embedding, conv_in, conv_out",
+}
+
+
+def bundled(name: str) -> Path:
+    """The folder of a model that is shipped with expunge."""
+    return Path(str(resources.files("expunge.models"))) / name
+
+
+def resolve(model: str) -> str:
+    """A folder with a pipeline in it, or the hub id unchanged.
+
+    Raises:
+        UserError: Neither a bundled model, nor a pipeline's folder, nor of the form owner/name.
+    """
+    if model in BUNDLED:
+        return str(bundled(model))
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(
+                f"got model folder {model}, which holds no model_index.json; allowed: a folder "
+                "saved by diffusers' save_pretrained; convert the checkpoint first"
+            )
+        return str(folder)
+    parts = model.split("/")
+    if len(parts) == 2 and all(parts) and not model.startswith((".", "~")):
+        return model
+    hint = f"; did you mean {close}?" if (close := nearest(model, BUNDLED)) else ""
+    raise UserError(
+        f"got model {model!r}, which is no folder; allowed: {', '.join(BUNDLED)}, a diffusers "
+        f"folder, or a hub id owner/name{hint}"
+    )
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The text-to-image pipeline of a model, from safetensors files only.
+
+    Raises:
+        UserError: The model is missing, broken, offers only pickles, or is of another family.
+    """
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from safetensors import SafetensorError
+
+    where = resolve(model)
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            where,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"got model {model}, which cannot be loaded ({_first_line(error)}); allowed: a whole "
+            "diffusers model with safetensors weights; check the folder or the network"
+        ) from error
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise UserError(
+            f"got model {model}, a {type(pipeline).__name__}; allowed: Stable Diffusion 1.x or 2.x"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)
+
+
+def recommended_guidance(model: str) -> float:
+    """The guidance scale that a model is usually sampled with."""
+    return GUIDANCE_SCALE.get(model, 7.5)
+
+
+def modules_of(unet: nn.Module, group: str) -> list[str]:
+    """Names of the linear and convolution layers of a module group (`MODULE_GROUPS`).
+
+    Raises:
+        UserError: No such group, or it matches nothing in this network.
+    """
+    if group not in MODULE_GROUPS:
+        raise UserError(f"got module group {group!r}; allowed: {', '.join(MODULE_GROUPS)}")
+    names = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and _in_group(name, group)
+    ]
+    if not names:
+        raise UserError(f"module group {group!r} matches no layer of this {type(unet).__name__}")
+    return names
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: list[str]) -> Tensor:
+    """Text embeddings (B, T, D) of the prompts, as the pipeline itself makes them."""
+    embeddings: Tensor = pipeline.encode_prompt(prompts, pipeline.device, 1, False)[0]
+    return embeddings
+
+
+def latent_shape(pipeline: Any) -> tuple[int, int, int]:
+    """(C, h, w) of the latents at the model's own picture size."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return pipeline.unet.config.in_channels, height, width
+
+
+def _in_group(name: str, group: str) -> bool:
+    cross = ".attn2." in name
+    if group == "x":
+        return cross
+    if group == "x-strict":
+        return cross and name.endswith((".to_k", ".to_v"))
+    outer = name.startswith(("conv_in", "conv_out")) or "time_emb" in name
+    return not outer and (group == "all" or not cross)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

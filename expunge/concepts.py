@@ -1,0 +1,55 @@
+"""A concept: what is to be erased, in words, and what must stay."""
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is to be erased, as data.
+
+    Attributes:
+        name: What people call it; the first target when empty.
+        targets: Texts that stand for the concept ("a bomb"); several are erased at once.
+        templates: Sentences in which the targets are erased; ``{}`` is the target's place.
+        anchor: The prompt that the concept is mapped to by objectives that have one.
+        neutral: The prompt of the unconditional prediction.
+        preserve: Prompts that must stay as they are.
+    """
+
+    name: str = ""
+    targets: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=lambda: ["{}"])
+    anchor: str = ""
+    neutral: str = ""
+    preserve: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(target.strip() for target in self.targets):
+            raise ValueError(
+                f"got targets {self.targets}; allowed: one text or more, none of them empty; "
+                "say for example --concept.targets '[\"a bomb\"]'"
+            )
+        if not self.templates or not all(t.count("{}") == 1 for t in self.templates):
+            raise ValueError(
+                f"got templates {self.templates}; allowed: one text or more, each with one {{}}"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self.targets[0])
+
+    def prompts(self) -> list[str]:
+        """Every target in every template."""
+        return [t.replace("{}", target) for target in self.targets for t in self.templates]
+
+    def retained(self) -> list[str]:
+        """The prompts to preserve, less those that name a target: they cannot be both."""
+        return [prompt for prompt in self.preserve if not self.mentioned_in(prompt)]
+
+    def mentioned_in(self, prompt: str) -> bool:
+        """Whether the prompt names a target as whole words, with or without its article."""
+        return any(_mentions(prompt, target) for target in self.targets)
+
+
+def _mentions(prompt: str, target: str) -> bool:
+    bare = re.sub(r"^(an?|the)\s+", "", target.strip(), flags=re.IGNORECASE)
+    return re.search(rf"\b{re.escape(bare)}\b", prompt, flags=re.IGNORECASE) is not None

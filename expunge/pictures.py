@@ -1,0 +1,49 @@
+"""Tensors to pictures, and pictures to labelled sheets."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 6
+LINE = 16
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1] as 8-bit RGB."""
+    array = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write under a temporary name, then rename: a picture is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], width: int = 128
+) -> Image.Image:
+    """Rows of pictures, each under its label; small pictures are enlarged to `width`."""
+    if len(rows) != len(labels):
+        raise ValueError(f"got {len(rows)} rows and {len(labels)} labels")
+    columns = max(map(len, rows))
+    font = ImageFont.load_default(12)
+    height = max(round(width * image.height / image.width) for row in rows for image in row)
+    step = LINE + height + GAP
+    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, len(rows) * step + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        draw.text((GAP, y * step + 2), label, fill=(40, 40, 40), font=font)
+        for x, image in enumerate(row):
+            # Emoji at 64 px stay crisp when their pixels are simply repeated.
+            method = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
+            size = (width, round(width * image.height / image.width))
+            canvas.paste(
+                image.resize(size, method), (GAP + x * (width + GAP), y * step + LINE + GAP // 2)
+            )
+    return canvas

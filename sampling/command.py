@@ -1,0 +1,98 @@
+"""`expunge sample`: pictures of prompts, with or without LoRA, and what made them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expunge.configuration import parse
+from expunge.sampling.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `expunge sample` makes."""
+
+    output_dir: str = field(metadata={"help": "folder for the pictures"})
+    prompt: list[str] = field(metadata={"help": "what to draw; may be repeated", "repeat": True})
+    model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
+    lora: list[str] = field(
+        default_factory=list, metadata={"help": "LoRA folder or file", "repeat": True}
+    )
+    lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
+    sampler: str = field(default="plain", metadata={"help": "see: expunge ls samplers"})
+    seed: int = field(default=0, metadata={"help": "seed of a prompt's first picture"})
+    images_per_prompt: int = field(default=4, metadata={"help": "seeds seed, seed + 1, …"})
+    steps: int = field(default=25, metadata={"help": "denoising steps"})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
+    )
+    batch_size: int = 16
+    device: str = "cpu"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
+        if not self.prompt:
+            raise ValueError("got no prompt; say --prompt 'a cat face'")
+
+
+def main(argv: list[str]) -> None:
+    """Sample, and write the pictures, `grid.png` and `samples.json`."""
+    config = parse(SampleConfig, argv, "expunge sample")
+    wrap = SAMPLERS.load(config.sampler)
+    # torch is imported late so that --help and mistakes answer at once.
+    import time
+
+    from tqdm import tqdm
+
+    from expunge import backbones, pictures
+    from expunge.generation import generate
+    from expunge.results import fresh_output_dir, provenance, write_json_atomic
+    from expunge.sampling.load import load_erased
+
+    folder = Path(config.output_dir)
+    fresh_output_dir(folder, config.overwrite, dry_run=True)
+    guidance = config.guidance_scale
+    if guidance is None:
+        guidance = backbones.recommended_guidance(config.model)
+    pipeline = wrap(load_erased(config.model, config.lora, config.lora_scale, device=config.device))
+    fresh_output_dir(folder, config.overwrite)
+    rows, records = [], []
+    jobs = [(p, config.seed + i) for p in config.prompt for i in range(config.images_per_prompt)]
+    with tqdm(total=len(jobs), unit="image", disable=None) as bar:
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            begun = time.perf_counter()
+            images = generate(
+                pipeline,
+                [prompt for prompt, _ in part],
+                [seed for _, seed in part],
+                steps=config.steps,
+                guidance_scale=guidance,
+                batch_size=config.batch_size,
+            )
+            seconds = (time.perf_counter() - begun) / len(part)
+            for index, ((prompt, seed), image) in enumerate(zip(part, images, strict=True)):
+                name = f"{start + index:04d}-seed-{seed}.png"
+                rows.append(pictures.to_pil(image))
+                pictures.save_png(rows[-1], folder / name)
+                records.append({"file": name, "prompt": prompt, "seed": seed, "seconds": seconds})
+            bar.update(len(part))
+    n = config.images_per_prompt
+    grid = [rows[i : i + n] for i in range(0, len(rows), n)]
+    pictures.save_png(pictures.sheet(grid, config.prompt), folder / "grid.png")
+    write_json_atomic(
+        folder / "samples.json",
+        {
+            "model": config.model,
+            "lora": config.lora,
+            "lora_scale": config.lora_scale,
+            "sampler": config.sampler,
+            "steps": config.steps,
+            "guidance_scale": guidance,
+            "images": records,
+            "provenance": provenance(),
+        },
+    )
+    print(f"{len(rows)} pictures in {folder}; all at once: {folder / 'grid.png'}")

@@ -1,0 +1,34 @@
+"""Load an erased model, or fail: an adapter that is not active is an error, never a warning."""
+
+from typing import Any
+
+import torch
+
+from expunge import adapters, backbones
+
+
+def load_erased(
+    model: str,
+    lora: list[str],
+    lora_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Any:
+    """The pipeline of a model with erasing LoRA files active in it.
+
+    Args:
+        model: `emoji`, a diffusers folder, or a hub id.
+        lora: Folders or files; all of them are active together.
+        lora_scale: Strength of every LoRA; 1 is what was trained.
+        dtype: Of the weights.
+        device: Where the pipeline runs.
+
+    Raises:
+        UserError: The model or a LoRA is missing, broken, or does not fit.
+    """
+    # Whether the files are there is known in an instant; loading a model is not.
+    for file in lora:
+        adapters.read_header(file)
+    pipeline = backbones.load_pipeline(model, dtype, device)
+    adapters.load(pipeline, lora, lora_scale)
+    return pipeline

@@ -1,0 +1,96 @@
+"""The configuration of a training run: nested, strict, YAML and command line alike."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from expunge.concepts import Concept
+from expunge.train import LATENTS
+from expunge.train.objectives import OBJECTIVES
+from expunge.train.preserve import Preserve
+
+
+def _default(table: Any, name: str) -> Any:
+    return field(default_factory=lambda: table.load(name)())
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter: ΔW = (alpha / rank) B A.
+
+    Attributes:
+        rank: Rows of A.
+        alpha: Scale; equal to the rank it is 1.
+        targets: Module group (`x`, `x-strict`, `u`, `all`); default: what the objective trains.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: Literal["x", "x-strict", "u", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"got {self}; allowed: rank 1 or more, alpha above 0")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Pictures of the student during training.
+
+    Attributes:
+        every: Steps between two sheets; 0 makes only the last one.
+        prompts: What to draw; default: the concept's prompts and some that must stay.
+        seeds: Pictures of each prompt.
+        steps: Denoising steps.
+        guidance_scale: Default: what suits the model.
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    seeds: int = 4
+    steps: int = 25
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run."""
+
+    output_dir: str = field(metadata={"help": "folder for the LoRA and all that belongs to it"})
+    concept: Concept = field(metadata={"help": "what is erased and what stays"})
+    model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
+    objective: Annotated[Any, OBJECTIVES] = _default(OBJECTIVES, "esd")
+    latents: Annotated[Any, LATENTS] = _default(LATENTS, "rollout")
+    preserve: Preserve = field(default_factory=Preserve)
+    lora: Lora = field(default_factory=Lora)
+    steps: int = field(default=200, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=1, metadata={"help": "concept samples, on each process"})
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = field(default=50, metadata={"help": "steps; 0 keeps none"})
+    keep_checkpoints: int = 2
+    validation: Validation = field(default_factory=Validation)
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint"})
+    overwrite: bool = field(default=False, metadata={"help": "throw earlier results away"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
+        for name in ("checkpoint_every", "warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name} {getattr(self, name)}; allowed: 0 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
+        if self.preserve.weight and not self.concept.retained():
+            raise ValueError(
+                "got preserve.weight above 0 with no prompt in concept.preserve; allowed: one or "
+                "more that name no target; add some, or set preserve.weight 0"
+            )

@@ -1,0 +1,196 @@
+"""The training loop, once for every objective."""
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from expunge import adapters, backbones
+from expunge.train.checkpoints import Checkpoints
+from expunge.train.config import TrainConfig
+from expunge.train.predictions import Inputs, Networks
+
+
+@dataclass
+class Progress:
+    """What is counted over the whole run, resumed or not."""
+
+    step: int = 0
+    seconds: float = 0.0
+    forwards: dict[str, int] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"step": self.step, "seconds": self.seconds, "forwards": dict(self.forwards)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From plain values."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.forwards = state["forwards"]
+
+
+class Trainer:
+    """Distil an objective into a LoRA.
+
+    Args:
+        config: The run.
+        pipeline: The model; its UNet is given the adapter.
+        accelerator: Devices, precision, accumulation, logs.
+        folder: For checkpoints and logs.
+    """
+
+    def __init__(
+        self, config: TrainConfig, pipeline: Any, accelerator: Accelerator, folder: Path
+    ) -> None:
+        self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
+        self.unet = unet = pipeline.unet
+        objective = config.objective
+        modules = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        self.parameters = adapters.attach(
+            unet, modules, config.lora.rank, config.lora.alpha, config.seed
+        )
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        self.embeddings = _Embeddings(pipeline)
+        self.shape = backbones.latent_shape(pipeline)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.warmup,
+            num_training_steps=config.steps,
+        )
+        self.ema = None
+        if objective.ema_decay:
+            self.ema = EMAModel(self.parameters, decay=objective.ema_decay, use_ema_warmup=True)
+            self.ema.to(accelerator.device)
+        wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
+        self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
+        self.progress = Progress()
+        kept = (self.schedule, self.progress, self.ema)
+        accelerator.register_for_checkpointing(*(part for part in kept if part is not None))
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", accelerator, unet, config.keep_checkpoints
+        )
+
+    def run(self, validate: Callable[[int], None]) -> None:
+        """Train to the last step; `validate(step)` is called when pictures are due."""
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        if config.resume and self.checkpoints.load_newest():
+            self.networks.forwards.update(progress.forwards)
+        begun = time.perf_counter() - progress.seconds
+        bar = tqdm(
+            total=config.steps,
+            initial=progress.step,
+            unit="step",
+            disable=not accelerator.is_main_process or not sys.stderr.isatty(),
+        )
+        while progress.step < config.steps:
+            logs = self._optimise(progress.step)
+            progress.step += 1
+            progress.seconds = time.perf_counter() - begun
+            progress.forwards = dict(self.networks.forwards)
+            accelerator.log(logs, step=progress.step)
+            bar.update()
+            bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
+            last = progress.step == config.steps
+            if config.checkpoint_every and (progress.step % config.checkpoint_every == 0 or last):
+                self.checkpoints.save(progress.step)
+            if config.validation.every and progress.step % config.validation.every == 0:
+                validate(progress.step)
+        bar.close()
+
+    def _optimise(self, step: int) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        sums: dict[str, float] = {}
+        for micro in range(config.gradient_accumulation):
+            with accelerator.accumulate(self.networks.wrapped):
+                terms = self._losses(step * config.gradient_accumulation + micro)
+                loss = torch.stack(list(terms.values())).sum()
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} at step {step}; lower learning_rate"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                    sums["grad_norm"] = float(norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
+
+    def _losses(self, draw: int) -> dict[str, Tensor]:
+        """The loss terms of one micro-batch; `draw` alone decides what is drawn."""
+        config, objective, concept = self.config, self.config.objective, self.config.concept
+        # Nothing is carried over from draw to draw, so that a resumed run is exact.
+        rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
+        retained = config.preserve.prompts(concept, rng)
+        made_with = [prompt for prompt, _ in erased] + [prompt for prompt, _ in retained]
+        x_t, t = config.latents.draw(
+            self.networks, self.embeddings(made_with), self.embeddings([""]), self.shape, generator
+        )
+        n = len(erased)
+        texts = {
+            "concept": [prompt for _, prompt in erased],
+            "null": [concept.neutral] * n,
+            "anchor": [concept.anchor] * n,
+        }
+        wanted = {
+            name: Inputs(x_t[:n], t[:n], self.embeddings(texts[name.split("/")[1]]))
+            for name in objective.needs
+        }
+        for network, column in (("student", 0), ("teacher", 1)) if retained else ():
+            prompts = [pair[column] for pair in retained]
+            wanted[f"{network}/retained"] = Inputs(x_t[n:], t[n:], self.embeddings(prompts))
+        with self.accelerator.autocast():
+            found = self.networks.predict(wanted)
+        losses = {"erase": objective.loss(found).mean()}
+        if retained:
+            kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])
+            losses["preserve"] = kept.mean()
+        return losses
+
+
+class _Embeddings:
+    """Text embeddings, each prompt encoded once."""
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """(B, T, D) of B prompts."""
+        if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
+            encoded = backbones.encode_prompts(self.pipeline, new)
+            self.known.update(zip(new, encoded, strict=True))
+        return torch.stack([self.known[prompt] for prompt in prompts])
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was used: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts kilobytes, macOS bytes.
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,50 @@
+"""What the training loop asks of an objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from expunge.concepts import Concept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A target function with its settings; a frozen dataclass, listed in the table.
+
+    Attributes:
+        needs: Predictions named `network/prompt`. Networks: `student` (with gradient),
+            `student_sg` (stop-gradient), `teacher` (the frozen base), `ema`. Prompts: `concept`,
+            `null`, `anchor`.
+        modules: The module group that gets the LoRA when `lora.targets` says nothing.
+        ema_decay: Decay of the averaged student; 0 keeps none. When there is one, it is exported.
+    """
+
+    needs: ClassVar[tuple[str, ...]]
+
+    @property
+    def modules(self) -> str:
+        """Name of a module group of `expunge.backbones`."""
+        ...
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the exponential moving average of the student."""
+        ...
+
+    def prompts(self, concept: Concept, rng: random.Random) -> tuple[str, str]:
+        """The prompt under which x_t is made, and the concept prompt of the loss."""
+        ...
+
+    def loss(self, predictions: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each sample, (B,), from the predictions it `needs`, each (B, C, h, w)."""
+        ...
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each sample: (B, C, h, w) twice -> (B,)."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)

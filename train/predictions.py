@@ -1,0 +1,93 @@
+"""Named forwards of the networks of a training step, batched: one pass a network."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import adapters, prediction
+
+NETWORKS = ("teacher", "ema", "student_sg", "student")  # gradient last: see `adapters.teacher`
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network sees: x_t (B, C, h, w), t (B,), text embeddings (B, T, D)."""
+
+    x_t: Tensor
+    t: Tensor
+    embeddings: Tensor
+
+
+class Networks:
+    """Teacher, student and averaged student, all in one UNet, answering in ε.
+
+    Args:
+        unet: The UNet with its adapter.
+        wrapped: The same UNet as prepared for training (data parallel, compiled); it makes the
+            passes with gradient.
+        scheduler: The model's scheduler: its noise schedule and what the network predicts.
+        ema: Averages of the adapter's weights, or None.
+        parameters: The adapter's weights.
+
+    Attributes:
+        forwards: UNet passes of single samples by purpose; a backward counts 2.
+    """
+
+    def __init__(self, unet: Any, wrapped: Any, scheduler: Any, ema: Any, parameters: list[Any]):
+        self.unet, self.wrapped, self.scheduler = unet, wrapped, scheduler
+        self.ema, self.parameters = ema, parameters
+        self.kind = prediction.prediction_type(scheduler)
+        self.forwards: Counter[str] = Counter(teacher=0, student=0, sampling=0)
+
+    def predict(self, wanted: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        """ε for each name `network/…`; the names of one network share one forward."""
+        found: dict[str, Tensor] = {}
+        for network in NETWORKS:
+            names = [name for name in wanted if name.split("/")[0] == network]
+            if not names:
+                continue
+            parts = [wanted[name] for name in names]
+            joined = Inputs(*(torch.cat(v) for v in zip(*map(_fields, parts), strict=True)))
+            ε = self.epsilon(network, joined)
+            found.update(zip(names, ε.split([len(p.x_t) for p in parts]), strict=True))
+            self.forwards["student" if network == "student" else "teacher"] += len(ε) * (
+                3 if network == "student" else 1
+            )
+        if missing := wanted.keys() - found.keys():
+            raise ValueError(f"got predictions {sorted(missing)}; allowed networks: {NETWORKS}")
+        return found
+
+    def epsilon(self, network: str, inputs: Inputs) -> Tensor:
+        """ε of one network, (B, C, h, w); only `student` keeps a gradient."""
+        with self._as(network), torch.set_grad_enabled(network == "student"):
+            unet = self.wrapped if network == "student" else self.unet
+            raw = unet(inputs.x_t, inputs.t, inputs.embeddings).sample
+        ᾱ = prediction.alpha_bar(self.scheduler, inputs.t)
+        return prediction.to_epsilon(raw, inputs.x_t, ᾱ, self.kind)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The adapter with its averaged weights, where there are any."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _as(self, network: str) -> Any:
+        if network == "teacher":
+            return adapters.teacher(self.unet)
+        return self.averaged() if network == "ema" else nullcontext()
+
+
+def _fields(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.x_t, inputs.t, inputs.embeddings

@@ -1,0 +1,64 @@
+"""Keep what must stay: λ · MSE to the teacher on retained prompts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expunge.concepts import Concept
+from expunge.train.objectives.base import mse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preserve:
+    """λ ‖ε_θ(x_t, t, r) − sg[ε(x_t, t, r')]‖², added to any objective.
+
+    The student reads a retained prompt r, the teacher the same (r' = r). In a share of the
+    samples the student reads "r and the target" and the teacher r alone: in a picture of two
+    objects, the target's place is taken by what the other object's prompt makes of it.
+
+    Attributes:
+        weight: λ; 0 leaves the term out.
+        batch_size: Retained samples of a step, on each process.
+        pairs: Share of them that are two-object prompts with a target.
+    """
+
+    weight: float = 0.0
+    batch_size: int = 4
+    pairs: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.batch_size < 1 or not 0 <= self.pairs <= 1:
+            raise ValueError(
+                f"got preserve {self}; allowed: weight >= 0, batch_size >= 1, pairs from 0 to 1"
+            )
+
+    def prompts(self, concept: Concept, rng: random.Random) -> list[tuple[str, str]]:
+        """(what the student reads, what the teacher reads), `batch_size` of them."""
+        if not self.weight:
+            return []
+        retained = concept.retained()
+        # Nothing can stand beside the empty prompt, and a sentence makes no noun.
+        nouns = [prompt for prompt in retained if prompt and len(prompt.split()) <= 3]
+        chosen = []
+        for _ in range(self.batch_size):
+            if nouns and rng.random() < self.pairs:
+                other, target = rng.choice(nouns), rng.choice(concept.targets)
+                pair = [other, target]
+                rng.shuffle(pair)
+                template = rng.choice(concept.templates)
+                chosen.append(
+                    (template.replace("{}", " and ".join(pair)), template.replace("{}", other))
+                )
+            else:
+                prompt = rng.choice(retained)
+                chosen.append((prompt, prompt))
+        return chosen
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """λ · MSE of each sample, (B,)."""
+        return self.weight * mse(student, teacher)
