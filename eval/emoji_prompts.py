@@ -212,7 +212,7 @@ class _Builder:
         elif styled:
             text = f"{phrase} in {style} style"
         elif turn % 4 == 2:
-            text = f"a picture of {phrase}" if lap % 2 else f"an emoji of {phrase}"
+            text = f"a picture of {phrase}" if lap // 2 % 2 else f"an emoji of {phrase}"
         else:
             text = phrase
         # Half of each form has a background.

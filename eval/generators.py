@@ -112,7 +112,9 @@ def _settings(component: Any) -> Iterator[Any]:
         yield component.get_vocab()
         yield component.model_max_length
     if hasattr(component, "backend_tokenizer"):
-        yield component.backend_tokenizer.to_str()
+        table = json.loads(component.backend_tokenizer.to_str())
+        # Both are set anew by every call, so that a used tokenizer would differ from a fresh one.
+        yield {k: v for k, v in table.items() if k not in ("padding", "truncation")}
     elif hasattr(component, "bpe_ranks"):
         yield sorted(map(str, component.bpe_ranks.items()))
 

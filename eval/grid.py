@@ -13,6 +13,7 @@ TILE = 128
 _GAP = 10
 _MARGIN = 28
 _LABEL = 76
+_LEAST_WIDTH = 760
 _INK = "#1f2328"
 _QUIET = "#656d76"
 _FRAME = {True: "#2da44e", False: "#cf222e", None: "#8c959f"}
@@ -50,14 +51,15 @@ class Section:
 def contact_sheet(title: str, subtitle: str, sections: Sequence[Section]) -> Image.Image:
     """Draw sections one below the other, a column for each prompt."""
     columns = max((len(section.captions) for section in sections), default=1)
-    width = 2 * _MARGIN + _LABEL + columns * (TILE + _GAP) - _GAP
+    width = max(2 * _MARGIN + _LABEL + columns * (TILE + _GAP) - _GAP, _LEAST_WIDTH)
     # Laid out on a sheet that is surely tall enough, then cut.
     rows = sum(len(section.rows) for section in sections)
     sheet = Image.new("RGB", (width, 200 + 200 * len(sections) + rows * (TILE + _GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     y = _MARGIN
-    draw.text((_MARGIN, y), title, _INK, _font(26))
-    y += 36
+    for line in _wrap(title, _font(26), width - 2 * _MARGIN):
+        draw.text((_MARGIN, y), line, _INK, _font(26))
+        y += 36
     for line in _wrap(subtitle, _font(14), width - 2 * _MARGIN):
         draw.text((_MARGIN, y), line, _QUIET, _font(14))
         y += 20

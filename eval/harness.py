@@ -112,7 +112,8 @@ def produce(
     keys = [store.key(identity, case.prompt, case.seed) for case in cases]
     wanted = dict(zip(keys, cases, strict=True))
     missing = [(key, case) for key, case in wanted.items() if store.read(key) is None]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=label, unit="img") as bar:
+    done = len(wanted) - len(missing)
+    with tqdm(total=len(wanted), initial=done, desc=label, unit="image", disable=None) as bar:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             images = generator.generate([c.prompt for _, c in part], [c.seed for _, c in part])

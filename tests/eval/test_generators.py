@@ -1,0 +1,62 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expunge import backbones
+from expunge.eval.generators import PipelineGenerator, component_hashes
+from expunge.sampling.load import load_erased
+
+PROMPTS, SEEDS = ["a bomb", "a cat face", "", "a bomb"], [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model: Path) -> Any:
+    return backbones.load_pipeline(str(tiny_model))
+
+
+def generator(pipeline: Any, **settings: Any) -> PipelineGenerator:
+    return PipelineGenerator(pipeline, **({"steps": 2, "guidance_scale": 4.0} | settings))
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(pipeline: Any) -> None:
+    model = generator(pipeline)
+    together = model.generate(PROMPTS, SEEDS)
+    assert together.shape == (4, 3, 32, 32)
+    for i in range(4):
+        alone = model.generate([PROMPTS[i]], [SEEDS[i]])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+    assert (together[0] - together[3]).abs().max() > 0.01
+
+
+def test_the_identity_is_that_of_the_files(pipeline: Any, tiny_model: Path) -> None:
+    again = backbones.load_pipeline(str(tiny_model))
+    assert generator(again).identity() == generator(pipeline).identity()
+    found = generator(pipeline).identity()
+    assert set(found["components"]) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert (found["height"], found["width"], found["dtype"]) == (32, 32, "float32")
+
+
+def test_whatever_changes_a_picture_changes_the_identity(
+    pipeline: Any, tiny_model: Path, tiny_lora: Path
+) -> None:
+    known = generator(pipeline).identity()
+    for settings in (
+        {"steps": 3},
+        {"guidance_scale": 4.5},
+        {"sampler": "safe"},
+        {"adapters": [{"sha256": "abc", "scale": 0.5}]},
+    ):
+        assert generator(pipeline, **settings).identity() != known
+    erased = load_erased(str(tiny_model), [str(tiny_lora)])
+    assert generator(erased).identity()["components"]["unet"] != known["components"]["unet"]
+    changed = backbones.load_pipeline(str(tiny_model))
+    for name in ("unet", "vae", "text_encoder"):
+        before = component_hashes(changed)
+        with torch.no_grad():
+            next(getattr(changed, name).parameters()).flatten()[0] += 1e-3
+        after = component_hashes(changed)
+        assert [key for key in before if before[key] != after[key]] == [name]
+    changed.scheduler.register_to_config(prediction_type="v_prediction")
+    assert component_hashes(changed)["scheduler"] != known["components"]["scheduler"]
