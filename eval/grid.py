@@ -18,8 +18,8 @@ _INK = "#1f2328"
 _QUIET = "#656d76"
 _FRAME = {True: "#2da44e", False: "#cf222e", None: "#8c959f"}
 _LEGEND = (
-    "green frame: as wanted · red: shows what should be gone, or lacks what should be there · "
-    "gray: could not be judged"
+    "green frame: as wanted · red frame, ×: shows what should be gone, or lacks what should be "
+    "there · gray frame, ?: could not be judged"
 )
 
 
@@ -72,12 +72,6 @@ def contact_sheet(title: str, subtitle: str, sections: Sequence[Section]) -> Ima
     return sheet.crop((0, 0, width, y + _MARGIN - 6))
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` places, evenly over ``count``."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
-
-
 def _draw_section(sheet: Image.Image, draw: ImageDraw.ImageDraw, section: Section, y: int) -> int:
     font = _font(18)
     draw.text((_MARGIN, y), section.title, _INK, font)
@@ -113,7 +107,13 @@ def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int
         method = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
         place = (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2)
         sheet.paste(image.resize(size, method), place)
-    draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), None, _FRAME[cell.wanted], 3)
+    colour = _FRAME[cell.wanted]
+    draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), None, colour, 3)
+    if cell.wanted is not True:
+        # Not everybody tells red from green.
+        draw.rectangle((x + TILE - 17, y, x + TILE, y + 17), colour)
+        mark = "?" if cell.wanted is None else "×"
+        draw.text((x + TILE - 8, y + 8), mark, "white", _font(16), anchor="mm")
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

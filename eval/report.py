@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expunge.eval.cases import Case, Plan
-from expunge.eval.grid import Cell, Section, contact_sheet, spread
+from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.store import ImageStore, content_hash
 from expunge.eval.suite import Suite
@@ -211,8 +211,7 @@ def _contact_sheet(evaluation: Evaluation, store: ImageStore) -> Any:
     cases = evaluation.plan.cases
     sections = []
     for group, title in evaluation.suite.groups.items():
-        places = [i for i, case in enumerate(cases) if case.group == group]
-        places = [places[i] for i in spread(len(places), COLUMNS)]
+        places = _chosen(cases, group)
         if places:
             rows = {
                 model: [_cell(evaluation.suite, outcome.scores[i], store) for i in places]
@@ -227,6 +226,15 @@ def _contact_sheet(evaluation: Evaluation, store: ImageStore) -> Any:
     return contact_sheet(evaluation.sheet_title(), subtitle, sections)
 
 
+def _chosen(cases: Sequence[Case], group: str) -> list[int]:
+    """Places of at most `COLUMNS` cases with different prompts, by the hash of the prompt.
+
+    Every n-th case would not do: captions take turns with a period of their own.
+    """
+    first = {case.prompt: i for i, case in reversed([*enumerate(cases)]) if case.group == group}
+    return sorted(first[prompt] for prompt in sorted(first, key=content_hash)[:COLUMNS])
+
+
 def _cell(suite: Suite, score: Score, store: ImageStore) -> Cell:
     answers = score.answers.items()
     wanted = None
@@ -238,9 +246,11 @@ def _cell(suite: Suite, score: Score, store: ImageStore) -> Cell:
 def _note(evaluation: Evaluation, names: Sequence[str]) -> str:
     notes = []
     for name in names:
-        values = [_percent(o.metrics[name].value) for o in evaluation.outcomes().values()]
-        notes.append(f"{name} {' → '.join(values)}")
-    return "   ".join(notes)
+        values = [
+            f"{m} {_percent(o.metrics[name].value)}" for m, o in evaluation.outcomes().items()
+        ]
+        notes.append(f"{name}: {', '.join(values)}")
+    return "      ".join(notes)
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:

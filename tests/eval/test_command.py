@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,16 @@ def stable(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in report(folder).items() if key != "provenance"}
 
 
+def pixels(folder: Path) -> "np.ndarray[Any, Any]":
+    with Image.open(folder / "grid.png") as image:
+        return np.array(image).astype(int)
+
+
+def answers_of(folder: Path) -> list[Any]:
+    rows = json.loads((folder / "scores.json").read_text())["rows"]
+    return [[row[model]["answers"] for model in ("base", "erased")] for row in rows]
+
+
 def test_a_lora_beside_its_base(
     evaluate: Evaluate,
     tiny_lora: Path,
@@ -94,7 +105,8 @@ def test_a_lora_beside_its_base(
         assert {"prompt", "seed", "group", "about", "expected", "base", "erased"} == set(row)
         for model in ("base", "erased"):
             assert set(row[model]["answers"]) == {q["metric"] for q in row["expected"]}
-            assert (out / "images").rglob(f"{row[model]['picture']}.png")
+            key = row[model]["picture"]
+            assert (out / "images" / key[:2] / f"{key}.png").is_file()
     text = (out / "report.md").read_text()
     assert "Smoke run" in text
     assert all(f"| `{name}` |" in text and f"- `{name}`: " in text for name in METRICS)
@@ -108,8 +120,7 @@ def test_a_rerun_resumes_and_says_the_same(
 ) -> None:
     out = tmp_path / "report"
     assert evaluate(out, lora=tiny_lora) == 0
-    first, grid = stable(out), (out / "grid.png").read_bytes()
-    scores = (out / "scores.json").read_bytes()
+    first, grid, answers = stable(out), pixels(out), answers_of(out)
     lost = sorted((out / "images").rglob("*.png"))[::3]
     for file in lost:
         file.unlink()
@@ -119,8 +130,9 @@ def test_a_rerun_resumes_and_says_the_same(
     assert evaluate(out, lora=tiny_lora, batch_size=3) == 0
     assert len(made) == len(lost)
     assert stable(out) == first
-    assert (out / "grid.png").read_bytes() == grid
-    assert (out / "scores.json").read_bytes() == scores
+    assert answers_of(out) == answers
+    # Another batch may round the last bit of a float, and so a byte, the other way.
+    np.testing.assert_allclose(pixels(out), grid, atol=1)
 
 
 def test_two_runs_share_the_pictures_of_the_base(

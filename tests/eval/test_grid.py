@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from expunge.eval.grid import TILE, Cell, Section, contact_sheet, spread
+from expunge.eval.grid import TILE, Cell, Section, contact_sheet
 
 
 def colours(sheet: Image.Image) -> set[tuple[int, ...]]:
@@ -33,9 +33,3 @@ def test_frames_tell_what_is_wanted() -> None:
 def test_a_missing_picture_is_an_empty_tile() -> None:
     sheet = contact_sheet("t", "s", [Section("a", "b", ["c"], {"base": [Cell(None, None)]})])
     assert (0xEA, 0xEE, 0xF2) in colours(sheet)
-
-
-def test_spread_takes_even_places() -> None:
-    assert spread(64, 4) == [0, 16, 32, 48]
-    assert spread(3, 8) == [0, 1, 2]
-    assert spread(0, 8) == []

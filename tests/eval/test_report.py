@@ -1,0 +1,73 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expunge.eval.cases import Plan
+from expunge.eval.harness import evaluate
+from expunge.eval.report import COLUMNS, Evaluation, _chosen, markdown, to_dict, write_report
+from expunge.eval.store import ImageStore
+from expunge.eval.suite import Suite
+from expunge.results import wilson
+
+
+@pytest.fixture
+def evaluation(suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path) -> Evaluation:
+    store = ImageStore(tmp_path / "images")
+    base, erased = (
+        evaluate(model, plan.cases, suite.metrics, reader, 0.5, store)
+        for model in (painter(), painter("object/bomb", "object/dagger"))
+    )
+    return Evaluation(suite, plan, False, "painter", "erased", erased, base, reader.protocol())
+
+
+def test_relative_is_the_share_of_the_bases_own_value(evaluation: Evaluation) -> None:
+    relative = evaluation.relative()
+    assert relative["kept_cross_domain"] == 1.0
+    found = evaluation.outcome.metrics["kept_in_domain"].value
+    assert found is not None
+    assert relative["kept_in_domain"] == found < 1.0
+    assert "target_seen" not in relative
+
+
+def test_the_same_evaluation_gives_the_same_report(evaluation: Evaluation) -> None:
+    assert to_dict(evaluation) == to_dict(evaluation)
+    assert "time" not in str(to_dict(evaluation))
+
+
+def test_markdown_tells_values_intervals_and_directions(evaluation: Evaluation) -> None:
+    text = markdown(evaluation)
+    low, high = (f"{100 * x:.1f}" for x in wilson(0, 12))
+    base = f"{100 * wilson(12, 12)[0]:.1f}"
+    assert (
+        f"| `target_seen` | low | 100.0 % [{base}, 100.0] | 0.0 % [{low}, {high}] |  | 12 |" in text
+    )
+    assert "Smoke" not in text
+    assert "unknown" not in text
+
+
+def test_failures_of_the_detector_are_told(
+    evaluation: Evaluation, suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path
+) -> None:
+    reader.fails_on = lambda seen: seen["style/ink"] > 0.5
+    store = ImageStore(tmp_path / "images")
+    outcome = evaluate(painter("object/bomb"), plan.cases, suite.metrics, reader, 0.5, store)
+    failed = sum(score.seen is None for score in outcome.scores)
+    assert failed
+    found = Evaluation(suite, plan, False, "x", "erased", outcome, evaluation.base, {})
+    text = markdown(found)
+    assert f"{failed} of {len(plan.cases)} pictures of erased could not be judged" in text
+    assert "this picture breaks the detector" in text
+    written = write_report(found, store, tmp_path, {"seconds": 1})
+    assert written["metrics"]["kept_style"]["unknown"] > 0
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_the_sheet_shows_different_prompts_of_every_form(suite: Suite) -> None:
+    cases = suite.prompts.plan(["bomb"]).cases
+    for group in suite.groups:
+        chosen = _chosen(cases, group)
+        assert len({cases[i].prompt for i in chosen}) == len(chosen) == COLUMNS
+        assert all(cases[i].group == group for i in chosen)
+    assert len({cases[i].about for i in _chosen(cases, "style")}) > 1
+    assert _chosen(cases, "nothing") == []
