@@ -92,16 +92,25 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
     }
     temporary = folder / f".{os.getpid()}.{FILE}"
     save_file({f"unet.{k}": v for k, v in tensors.items()}, temporary, metadata=header)
-    _verify(pipeline, temporary, tensors)
+    with _quiet():
+        _compare(pipeline, temporary, tensors)
     temporary.replace(folder / FILE)
     return folder / FILE
 
 
-def _verify(pipeline: Any, file: Path, tensors: dict[str, Tensor]) -> None:
-    with warnings.catch_warnings():
-        # peft warns of a second adapter and of its removal; both are meant.
-        warnings.simplefilter("ignore", UserWarning)
-        _compare(pipeline, file, tensors)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries warn of a second adapter, and log what is checked or raised here anyway."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _compare(pipeline: Any, file: Path, tensors: dict[str, Tensor]) -> None:
@@ -180,7 +189,10 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
         read_header(file)
         keys = set(load_file(file))
         try:
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            with _quiet():
+                pipeline.load_lora_weights(
+                    str(file.parent), weight_name=file.name, adapter_name=name
+                )
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise UserError(
                 f"got LoRA {file}, which does not fit this model "
@@ -194,6 +206,8 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
                 f"got LoRA {file}: {count} of its {tensors} tensors match a module of this model; "
                 "allowed: a LoRA of which all do; it would not erase anything"
             )
+        if not all(torch.isfinite(v).all() for part in loaded for v in part.values()):
+            raise UserError(f"got LoRA {file}, which holds NaN or infinite weights; train it anew")
         if not any(v.any() for part in loaded for k, v in part.items() if "lora_B" in k):
             raise UserError(f"got LoRA {file}, whose weights are all zero: it erases nothing")
         names.append(name)

@@ -1,0 +1,34 @@
+import pytest
+
+from expunge.concepts import Concept
+
+
+def test_targets_fill_the_templates_and_the_name() -> None:
+    concept = Concept(targets=["a bomb", "a dagger"], templates=["{}", "{} in ink style"])
+    assert concept.name == "a bomb"
+    assert concept.prompts() == [
+        "a bomb",
+        "a bomb in ink style",
+        "a dagger",
+        "a dagger in ink style",
+    ]
+
+
+@pytest.mark.parametrize("bad", [{"targets": []}, {"targets": ["a", " "]}])
+def test_an_empty_concept_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="allowed: one text or more"):
+        Concept(**bad)
+
+
+@pytest.mark.parametrize("template", ["no place", "{} and {}", ""])
+def test_a_template_has_one_place(template) -> None:
+    with pytest.raises(ValueError, match="templates"):
+        Concept(targets=["x"], templates=[template])
+
+
+def test_what_names_a_target_is_not_retained() -> None:
+    concept = Concept(
+        targets=["a bow"],
+        preserve=["", "a bow", "a rainbow", "a Bow in ink style", "bowls", "a cat and a bow"],
+    )
+    assert concept.retained() == ["", "a rainbow", "bowls"]

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from expunge import adapters, backbones
+from expunge.train.latents import Rollout
+from expunge.train.predictions import Inputs, Networks
+
+
+def networks(folder: str) -> Networks:
+    pipeline = backbones.load_pipeline(folder)
+    names = backbones.modules_of(pipeline.unet, "x")
+    parameters = adapters.attach(pipeline.unet, names, 2, 2, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in parameters:
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    made = Networks(pipeline.unet, pipeline.unet, pipeline.scheduler, None, parameters)
+    made.pipeline = pipeline
+    return made
+
+
+def draw(nets: Networks, rollout: Rollout, seed: int, prompts=("a bomb", "a key")):
+    embeddings = backbones.encode_prompts(nets.pipeline, list(prompts))
+    null = backbones.encode_prompts(nets.pipeline, [""])
+    generator = torch.Generator().manual_seed(seed)
+    return rollout.draw(nets, embeddings, null, (4, 8, 8), generator)
+
+
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_the_trajectory_is_that_of_diffusers(shape, request) -> None:
+    """The same steps by hand with the frozen network and diffusers' own scheduler."""
+    nets = networks(request.getfixturevalue(shape))
+    rollout, seed = Rollout(steps=6, guidance_scale=3.0, source="teacher"), 1
+    x_t, _ = draw(nets, rollout, seed)
+    pipeline = nets.pipeline
+    generator = torch.Generator().manual_seed(seed)
+    k = int(torch.randint(1, 6, (), generator=generator))
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(6)
+    text = backbones.encode_prompts(pipeline, ["a bomb", "a key"])
+    null = backbones.encode_prompts(pipeline, ["", ""])
+    with torch.no_grad(), adapters.teacher(nets.unet):
+        for t in scheduler.timesteps[:k]:
+            raw_null = nets.unet(x, t, null).sample
+            raw = raw_null + 3.0 * (nets.unet(x, t, text).sample - raw_null)
+            x = scheduler.step(raw, t, x).prev_sample
+    torch.testing.assert_close(x_t, x, atol=1e-4, rtol=1e-4)
+
+
+def test_t_lies_in_the_bin_of_its_step(tiny_sd1) -> None:
+    nets, seen = networks(tiny_sd1), set()
+    for seed in range(40):
+        _, t = draw(nets, Rollout(steps=5), seed)
+        bins = {int((value - 1) // 200) for value in t}
+        assert len(bins) == 1
+        seen |= bins
+    # Five bins of 200; a fresh trajectory (the noisiest bin) and a finished one are never shown.
+    assert seen == {0, 1, 2, 3}
+
+
+def test_one_seed_one_draw_and_prompts_do_not_mix(tiny_sd1) -> None:
+    nets = networks(tiny_sd1)
+    one, t = draw(nets, Rollout(steps=5), 3)
+    again, t_again = draw(nets, Rollout(steps=5), 3)
+    assert torch.equal(one, again)
+    assert torch.equal(t, t_again)
+    other, _ = draw(nets, Rollout(steps=5), 3, prompts=("a bomb", "a cat face"))
+    torch.testing.assert_close(other[0], one[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(other[1], one[1])
+
+
+def test_the_source_is_who_denoises(tiny_sd1) -> None:
+    nets = networks(tiny_sd1)
+    teacher, _ = draw(nets, Rollout(steps=5, source="teacher"), 1)
+    student, _ = draw(nets, Rollout(steps=5, source="student"), 1)
+    assert not torch.allclose(teacher, student)
+
+
+def test_forwards_are_counted(tiny_sd1) -> None:
+    nets = networks(tiny_sd1)
+    draw(nets, Rollout(steps=2), 0)  # one step, two prompts, with and without guidance
+    assert nets.forwards["sampling"] == 4
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3])
+    inputs = Inputs(x, t, torch.randn(3, 24, 32))
+    nets.predict({"teacher/null": inputs, "teacher/concept": inputs, "student/concept": inputs})
+    assert nets.forwards["teacher"] == 6
+    assert nets.forwards["student"] == 9
+
+
+def test_named_predictions_are_those_of_single_calls(tiny_sd2) -> None:
+    nets = networks(tiny_sd2)
+    a, b = (
+        Inputs(torch.randn(2, 4, 8, 8), torch.tensor([9, 800]), torch.randn(2, 24, 32))
+        for _ in range(2)
+    )
+    found = nets.predict({"teacher/null": a, "student/concept": b, "teacher/concept": b})
+    torch.testing.assert_close(found["teacher/concept"], nets.epsilon("teacher", b))
+    torch.testing.assert_close(found["teacher/null"], nets.epsilon("teacher", a))
+    assert found["student/concept"].requires_grad
+    assert not found["teacher/null"].requires_grad
+    with pytest.raises(ValueError, match="professor/null"):
+        nets.predict({"professor/null": a})
+
+
+@pytest.mark.parametrize("steps", [0, 1, -5, 2000])
+def test_senseless_steps(steps) -> None:
+    with pytest.raises(ValueError, match=r"latents\.steps"):
+        Rollout(steps=steps)

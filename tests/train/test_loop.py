@@ -1,0 +1,249 @@
+"""The loop on tiny real pipelines: it learns, repeats, resumes exactly, and exports what it says."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expunge import adapters, backbones
+from expunge.concepts import Concept
+from expunge.configuration import load
+from expunge.errors import UserError
+from expunge.sampling.load import load_erased
+from expunge.train.config import Lora, TrainConfig, Validation
+from expunge.train.latents import Rollout
+from expunge.train.objectives.esd import Esd
+from expunge.train.objectives.sdd import Sdd
+from expunge.train.preserve import Preserve
+from expunge.train.train_erase import train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(model: str, folder: Path, **changes) -> TrainConfig:
+    made = TrainConfig(
+        output_dir=str(folder),
+        model=model,
+        concept=Concept(targets=["a bomb"], preserve=["", "a key", "a cat face", "a bus"]),
+        objective=Esd(),
+        latents=Rollout(steps=3, source="student"),
+        preserve=Preserve(weight=1.0, batch_size=2, pairs=0.5),
+        lora=Lora(rank=2, alpha=4.0),
+        steps=4,
+        batch_size=2,
+        learning_rate=1e-2,
+        checkpoint_every=0,
+        validation=Validation(prompts=["a bomb"], seeds=1, steps=1),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / adapters.FILE)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_at_a_time():
+    """Accelerate keeps its state in a singleton; every run in one process starts afresh."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+OBJECTIVES = {
+    "esd": {"objective": Esd()},
+    "esd-x-strict": {"objective": Esd(variant="x-strict")},
+    "esd-u": {"objective": Esd(variant="u")},
+    "sdd": {
+        "objective": Sdd(ema_decay=0.9),
+        "latents": Rollout(steps=3, source="ema"),
+        "concept": Concept(targets=["a bomb", "a dagger"], preserve=["", "a key"]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> None:
+    model, out = request.getfixturevalue(shape), tmp_path / "out"
+    run = config(model, out, checkpoint_every=2, **OBJECTIVES[name])
+    file = train(run)
+    assert file == out / adapters.FILE
+    pipeline = load_erased(model, [str(out)])
+    assert pipeline.get_active_adapters()
+    result = json.loads((out / "train_result.json").read_text())
+    assert result["objective"] == name.split("-")[0]
+    assert result["concept"]["targets"] == run.concept.targets
+    assert result["steps"] == 4
+    assert result["adapter_sha256"]
+    assert result["seconds"] > 0
+    assert result["peak_memory_bytes"] > 10**7
+    forwards = result["unet_forwards"]
+    assert forwards["student"] == 4 * 4 * 3
+    assert forwards["teacher"] == 4 * (2 + 2 * (2 if "esd" in name else 1))
+    assert 4 * 2 * 4 <= forwards["sampling"] <= 4 * 2 * 2 * 4
+    assert load(TrainConfig, out / "config.yaml") == run
+    assert (out / "samples" / "step-000004.png").is_file()
+    assert list((out / "logs").iterdir())
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000004",
+    ]
+    card = (out / "README.md").read_text()
+    assert "concept-erasure" in card
+    assert "a bomb" in card
+    assert adapters.read_metadata(out)["concept"]["targets"] == run.concept.targets
+
+
+def test_one_seed_one_adapter(tiny_sd1, tmp_path) -> None:
+    train(config(tiny_sd1, tmp_path / "a"))
+    random.seed(5)
+    torch.manual_seed(99)
+    train(config(tiny_sd1, tmp_path / "b"))
+    train(config(tiny_sd1, tmp_path / "c", seed=1))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_it_learns_the_target(tiny_sd1, tmp_path) -> None:
+    """The student under the concept approaches e0 − η (ep − e0)."""
+    from expunge.train.objectives.esd import esd_target
+
+    run = config(
+        tiny_sd1,
+        tmp_path / "out",
+        steps=60,
+        preserve=Preserve(),
+        latents=Rollout(steps=2, source="teacher"),
+        lora=Lora(rank=8, alpha=8.0),
+    )
+    train(run)
+    erased, base = load_erased(tiny_sd1, [str(tmp_path / "out")]), backbones.load_pipeline(tiny_sd1)
+    c, null = backbones.encode_prompts(base, ["a bomb", ""]).split(1)
+    x, t = torch.randn(8, 4, 8, 8), torch.full((8,), 300)
+    with torch.no_grad():
+        ep, e0 = (base.unet(x, t, v.expand(8, -1, -1)).sample for v in (c, null))
+        student = erased.unet(x, t, c.expand(8, -1, -1)).sample
+    target = esd_target(e0, ep, 1.0)
+    assert (student - target).square().mean() < 0.3 * (ep - target).square().mean()
+
+
+def test_accumulation_takes_that_many_draws(tiny_sd1, tmp_path) -> None:
+    train(config(tiny_sd1, tmp_path / "out", gradient_accumulation=3, steps=2))
+    result = json.loads((tmp_path / "out" / "train_result.json").read_text())
+    assert result["unet_forwards"]["student"] == 2 * 3 * 4 * 3
+
+
+def test_checkpointed_gradients_are_the_same_gradients(tiny_sd1, tmp_path) -> None:
+    train(config(tiny_sd1, tmp_path / "a", steps=2))
+    train(config(tiny_sd1, tmp_path / "b", steps=2, gradient_checkpointing=True))
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_diverging_run_ends_with_the_reason_and_no_adapter(tiny_sd1, tmp_path) -> None:
+    with pytest.raises((FloatingPointError, RuntimeError), match="learning_rate|NaN"):
+        train(config(tiny_sd1, tmp_path / "out", learning_rate=1e30, steps=20))
+    assert not (tmp_path / "out" / adapters.FILE).exists()
+    assert not (tmp_path / "out" / "train_result.json").exists()
+
+
+SCRIPT = """
+import sys
+from expunge.cli import run
+from expunge.train.train_erase import main
+sys.exit(run(main, sys.argv[1:]))
+"""
+
+
+def launch(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("kind", ["esd", "sdd"])
+def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
+    from expunge.configuration import dump
+
+    steps = 8
+    reference = config(
+        tiny_sd1, tmp_path / "whole", steps=steps, checkpoint_every=1, lr_scheduler="cosine",
+        **OBJECTIVES[kind],
+    )  # fmt: skip
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(dump(reference))
+    done = launch(["--config", str(yaml)])
+    assert done.wait() == 0, done.stderr.read()
+    out = tmp_path / "killed"
+    arguments = ["--config", str(yaml), "--output_dir", str(out)]
+    moments = random.Random(kind).sample(range(1, steps), 3)
+    for step in sorted(moments):
+        process = launch([*arguments, "--resume", "true"])
+        # Killed right as, or shortly after, that step's state appears.
+        while not (out / "checkpoints" / f"step-{step:06d}").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        time.sleep(random.Random(step).random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = launch([*arguments, "--resume", "true"])
+    assert done.wait() == 0, done.stderr.read()
+    assert same(weights(tmp_path / "whole"), weights(out))
+    whole, killed = (
+        json.loads((folder / "train_result.json").read_text())
+        for folder in (tmp_path / "whole", out)
+    )
+    assert killed["unet_forwards"] == whole["unet_forwards"]
+    again = launch([*arguments, "--resume", "true"])
+    assert again.wait() == 0
+    assert "nothing to resume" in again.stdout.read()
+
+
+def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
+    train(config(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1))
+    (tmp_path / "out" / adapters.FILE).unlink()
+    with pytest.raises(UserError, match="another learning_rate"):
+        train(config(tiny_sd1, tmp_path / "out", steps=2, learning_rate=1.0, resume=True))
+
+
+def test_a_torn_checkpoint_is_named(tiny_sd1, tmp_path) -> None:
+    run = config(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    (tmp_path / "out" / adapters.FILE).unlink()
+    torn = tmp_path / "out" / "checkpoints" / "step-000002" / "adapter.safetensors"
+    torn.write_bytes(torn.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"step-000002.*cannot be read"):
+        train(dataclasses.replace(run, resume=True))
+
+
+def test_earlier_results_are_never_written_over(tiny_sd1, tmp_path) -> None:
+    run = config(tiny_sd1, tmp_path / "out", steps=1)
+    train(run)
+    before = (tmp_path / "out" / adapters.FILE).read_bytes()
+    with pytest.raises(UserError, match="already holds results"):
+        train(dataclasses.replace(run, seed=7))
+    assert (tmp_path / "out" / adapters.FILE).read_bytes() == before
+    train(dataclasses.replace(run, seed=7, overwrite=True))
+    assert (tmp_path / "out" / adapters.FILE).read_bytes() != before
