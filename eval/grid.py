@@ -18,8 +18,8 @@ _INK = "#1f2328"
 _QUIET = "#656d76"
 _FRAME = {True: "#2da44e", False: "#cf222e", None: "#8c959f"}
 _LEGEND = (
-    "green frame: as wanted · red frame, ×: shows what should be gone, or lacks what should be "
-    "there · gray frame, ?: could not be judged"
+    "green frame: as wanted · red frame, cross: shows what should be gone, or lacks what "
+    "should be there · gray frame, stroke: could not be judged"
 )
 
 
@@ -111,9 +111,11 @@ def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int
     draw.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), None, colour, 3)
     if cell.wanted is not True:
         # Not everybody tells red from green.
-        draw.rectangle((x + TILE - 17, y, x + TILE, y + 17), colour)
-        mark = "?" if cell.wanted is None else "×"
-        draw.text((x + TILE - 8, y + 8), mark, "white", _font(16), anchor="mm")
+        left, right, top, bottom = x + TILE - 13, x + TILE - 4, y + 4, y + 13
+        draw.rectangle((left - 4, y, x + TILE, bottom + 4), colour)
+        draw.line((left, bottom, right, top), "white", 2)
+        if cell.wanted is False:
+            draw.line((left, top, right, bottom), "white", 2)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
