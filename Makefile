@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 COPY := build/installed
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check emoji clean
 
 install: $(STAMP)
 
@@ -28,6 +28,11 @@ check: install
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(COPY) .
 	cd $(COPY) && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml
 	cd $(COPY) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expunge
+
+# The bundled model, from its sources: needs npm, and a few hours of two cores.
+emoji: install
+	$(BIN)/python -m pip install --quiet --editable '.[emoji]'
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/emoji/build.sh $(or $(WORK),build/emoji)
 
 clean:
 	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

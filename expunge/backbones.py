@@ -84,7 +84,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             f"got model {model}, a {type(pipeline).__name__}; allowed: Stable Diffusion 1.x or 2.x"
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    pipeline.to(device)
+    # Only where it is not so already: diffusers warns of every cast.
+    if any(getattr(part, "dtype", dtype) != dtype for part in pipeline.components.values()):
+        pipeline.to(dtype)
+    return pipeline
 
 
 def recommended_guidance(model: str) -> float:

@@ -9,10 +9,6 @@ from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
 
 
-def _default(table: Any, name: str) -> Any:
-    return field(default_factory=lambda: table.load(name)())
-
-
 @dataclass(frozen=True)
 class Lora:
     """The adapter: ΔW = (alpha / rank) B A.
@@ -58,8 +54,8 @@ class TrainConfig:
     output_dir: str = field(metadata={"help": "folder for the LoRA and all that belongs to it"})
     concept: Concept = field(metadata={"help": "what is erased and what stays"})
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
-    objective: Annotated[Any, OBJECTIVES] = _default(OBJECTIVES, "esd")
-    latents: Annotated[Any, LATENTS] = _default(LATENTS, "rollout")
+    objective: Annotated[Any, OBJECTIVES] = field(default_factory=lambda: OBJECTIVES.load("esd")())
+    latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
     preserve: Preserve = field(default_factory=Preserve)
     lora: Lora = field(default_factory=Lora)
     steps: int = field(default=200, metadata={"help": "optimiser steps"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -38,6 +39,8 @@ def block(before: int, after: int, stride: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
+    """Two 3 × 3 convolutions beside the identity."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -46,6 +49,7 @@ class Residual(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) -> the same shape."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
 
@@ -66,9 +70,11 @@ class EmojiJudge(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled trunk features (B, 128): mean over places, for distribution distances."""
-        return self.trunk(self.stem(images)).mean((2, 3))
+        pooled: Tensor = self.trunk(self.stem(images)).mean((2, 3))
+        return pooled
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Object (B, O), style (B, S) and background (B, G) logits."""
         stem = self.stem(images)
         trunk = self.trunk(stem)
         # Smooth maximum over places: lets each object speak where it stands.
@@ -82,7 +88,7 @@ class EmojiJudge(nn.Module):
         return Verdict(objects.sigmoid(), style.argmax(1), background.argmax(1))
 
 
-def load_judge(folder: str | Path) -> tuple[EmojiJudge, dict]:
+def load_judge(folder: str | Path) -> tuple[EmojiJudge, dict[str, Any]]:
     """Read `judge.safetensors` and its `judge.json` (labels) from `folder`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What every training stage of the emoji model shares: data, resumable state, schedule, log lines."""
+"""What every training stage of the emoji model shares: data, resumable state, schedule, logs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def to_float(pictures: torch.Tensor) -> torch.Tensor:
 def learning_rate(
     step: int, steps: int, peak: float, warmup: int = 100, hold: float = 0.4
 ) -> float:
-    """Linear warm-up, constant for the share `hold` of the run, then a cosine to 2 % of the peak."""
+    """Linear warm-up, constant for the share `hold` of the run, a cosine to 2 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = max(0.0, (step / steps - hold) / (1 - hold))
@@ -62,7 +62,7 @@ def learning_rate(
 
 
 class Run:
-    """Resumable state of one stage: `with`-less, saved to WORK/<name>.pt every `every` steps."""
+    """Resumable steps of one stage, saved to WORK/<name>.pt every `every` steps."""
 
     def __init__(self, args: argparse.Namespace, name: str, every: int = 250, **state):
         self.file, self.every, self.state, self.steps = (

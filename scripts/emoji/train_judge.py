@@ -24,7 +24,7 @@ def targets(shown: list[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def spoil(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What a small autoencoder does to a picture: soft, a little noisy, slightly shifted colours."""
+    """What a small autoencoder does to a picture: soft, a little noisy, colours slightly off."""
     batch = len(x)
     shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
     x = F.pad(x, (3, 3, 3, 3), mode="replicate")

@@ -1,4 +1,4 @@
-"""The loop on tiny real pipelines: it learns, repeats, resumes exactly, and exports what it says."""
+"""The loop on tiny real pipelines: it learns, repeats, resumes exactly, exports what it says."""
 
 import dataclasses
 import json
@@ -158,7 +158,7 @@ def test_checkpointed_gradients_are_the_same_gradients(tiny_sd1, tmp_path) -> No
 
 
 def test_a_diverging_run_ends_with_the_reason_and_no_adapter(tiny_sd1, tmp_path) -> None:
-    with pytest.raises((FloatingPointError, RuntimeError), match="learning_rate|NaN"):
+    with pytest.raises((FloatingPointError, RuntimeError), match=r"learning_rate|NaN"):
         train(config(tiny_sd1, tmp_path / "out", learning_rate=1e30, steps=20))
     assert not (tmp_path / "out" / adapters.FILE).exists()
     assert not (tmp_path / "out" / "train_result.json").exists()

@@ -49,7 +49,9 @@ def test_the_share_of_pairs_is_what_was_asked() -> None:
 
 
 def test_the_loss_is_weighted_and_of_each_sample() -> None:
-    loss = Preserve(weight=2.0).loss(torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    loss = Preserve(weight=2.0).loss(
+        torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    )
     assert loss.tolist() == [2.0, 8.0]
 
 

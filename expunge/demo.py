@@ -1,0 +1,53 @@
+"""`expunge demo`: the whole loop on the bundled model, ending with a picture and a table."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expunge.configuration import parse
+
+CONFIG = "train/emoji_bomb_esd.yaml"
+RESULTS = {
+    "pytorch_lora_weights.safetensors": "lora",
+    "report.json": "report",
+    "report.md": "report",
+    "grid.png": "report",
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `expunge demo` is told."""
+
+    output_dir: Path = field(metadata={"help": "folder for everything; a rerun goes on"})
+    limit: int = field(default=24, metadata={"help": "pictures of each group in the evaluation"})
+
+
+def main(argv: list[str]) -> None:
+    """Erase "bomb" from the emoji model, evaluate before and after, leave a picture and a table."""
+    config = parse(DemoConfig, argv, "expunge demo")
+    from expunge.eval.command import main as evaluate
+    from expunge.results import fresh_output_dir
+    from expunge.train.train_erase import main as train
+
+    folder, started = config.output_dir, time.monotonic()
+    fresh_output_dir(folder, resume=True)
+    print("1. Erase: distil ESD into a LoRA of the emoji model's UNet", flush=True)
+    train(["--config", CONFIG, "--output_dir", str(folder / "lora"), "--resume", "true"])
+    print(
+        "2. Measure: the same prompts and seeds before and after, judged independently", flush=True
+    )
+    evaluate(
+        [
+            *("--suite", "emoji", "--model", "emoji", "--lora", str(folder / "lora")),
+            *("--limit", str(config.limit), "--output_dir", str(folder / "report")),
+        ]
+    )
+    for name, where in RESULTS.items():
+        shutil.copyfile(folder / where / name, folder / name)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{minutes:.1f} minutes. Before and after: {folder / 'grid.png'}")
+    print(f"The LoRA: {folder / 'pytorch_lora_weights.safetensors'}")

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Rebuild models/emoji from its sources: pictures, autoencoder, judge, guide, diffusion model.
+#
+#   make emoji [WORK=build/emoji]
+#
+# Seeded, and resumable: every stage goes on from its checkpoint in WORK. On two CPU cores about
+# 25 minutes for the autoencoder, 10 for the judge, 25 for the guide and 60 for the diffusion model.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+work=$(realpath -m "${1:?say: build.sh WORK}")
+python=${PYTHON:-python3}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Gloo finds its peers by the host's name, which need not resolve; all are on this machine.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+
+$python train_vae.py --work "$work"
+$python train_judge.py --work "$work"
+$python train_guide.py --work "$work"
+# Two processes of one thread train half as fast again as one of two.
+$python -m torch.distributed.run --nproc_per_node "${PROCESSES:-2}" \
+  train_diffusion.py --work "$work" --threads 1
+$python assemble.py --work "$work"
+$python measure.py --sheet "$work/quality.png"

@@ -1,0 +1,97 @@
+"""The README and the docs are run, not trusted: every command line and every Python block."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What makes a documented command quick enough for a test; it runs otherwise as it stands.
+QUICK = {
+    "expunge train": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
+    "accelerate launch": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
+    "expunge sample": "--steps 2 --images_per_prompt 1",
+    "expunge eval": "--limit 1",
+    "expunge ls": "",
+    "expunge --help": "",
+}
+MAKE = ("make install", "make demo", "make test", "make check")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def command_lines(page: Path) -> list[str]:
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
+    """In a folder that sees the clone's configs and shim, as after `cd expunge`."""
+    for name in ("configs", "train_erase.py", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = command_lines(ROOT / "README.md")
+    assert any(line.startswith("accelerate launch") for line in lines)
+    for line in lines:
+        if line in MAKE or line.startswith(("git clone", "cd ", "pip install")):
+            continue
+        key = next((k for k in QUICK if line.startswith(k)), None)
+        assert key is not None, f"the README shows a command that no test runs: {line}"
+        done = run(shlex.split(f"{line} {QUICK[key]}"), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for index, block in enumerate(blocks(ROOT / "README.md", "python")):
+        done = run([sys.executable, "-c", block], tmp_path)
+        assert done.returncode == 0, f"python block {index}\n{done.stderr}"
+
+
+def test_make_targets_that_are_shown_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        for target in re.findall(r"make (\w+)$", "\n".join(command_lines(page)), re.M):
+            assert target in targets
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_objective_of_the_docs_trains(tmp_path, tiny_sd1) -> None:
+    """Adding an objective takes one file and one line: exactly the two that the docs show."""
+    code, line = blocks(ROOT / "docs" / "methods.md", "python")
+    name, target = re.search(r'"(\w+)": Entry\("([\w.:]+)"', line).groups()
+    module, cls = target.split(":")
+    assert code.startswith(f"# {module.removeprefix('expunge.').replace('.', '/')}.py")
+    (tmp_path / "own_objective.py").write_text(code)
+    script = f"""
+import sys
+from expunge.cli import run
+from expunge.registry import Entry
+from expunge.train.objectives import OBJECTIVES
+from expunge.train.train_erase import main
+OBJECTIVES.add({name!r}, Entry("own_objective:{cls}", "from the docs"))
+sys.exit(run(main, sys.argv[1:]))
+"""
+    arguments = ["--model", tiny_sd1, "--objective.type", name, "--concept.anchor", "a balloon"]
+    arguments += ["--concept.targets", '["a bomb"]', "--output_dir", "out"]
+    done = run(
+        [sys.executable, "-c", script, *arguments, *QUICK["expunge train"].split()], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
