@@ -1,0 +1,43 @@
+"""Every shipped configuration loads, says what it costs, and is launched as its header says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from expunge.configuration import dump, load, parse, shipped
+from expunge.train.config import TrainConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
+
+
+def test_there_are_some_and_they_are_listed() -> None:
+    assert {f"train/{file.name}" for file in TRAIN} <= set(shipped())
+    assert len(TRAIN) >= 4
+    assert all(shipped().values())
+
+
+@pytest.mark.parametrize("file", TRAIN, ids=lambda file: file.name)
+def test_a_training_configuration(file, tmp_path) -> None:
+    header = file.read_text().split("\nmodel:")[0]
+    assert "Cost:" in header
+    launch = re.search(r"Launch: accelerate launch train_erase.py --config (\S+) ", header)
+    assert launch is not None
+    assert launch[1] == f"configs/train/{file.name}"
+    config = parse(TrainConfig, ["--config", f"train/{file.name}", "--output_dir", "x"])
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(TrainConfig, tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["emoji_bomb_esd", "emoji_bomb_sdd"])
+def test_the_emoji_configurations_preserve_all_but_the_target(name) -> None:
+    from expunge.eval.emoji_vocabulary import Vocabulary
+
+    phrases = set(Vocabulary.read(None).phrases.values())
+    arguments = ["--config", f"train/{name}.yaml", "--output_dir", "x"]
+    config = parse(TrainConfig, arguments)
+    assert set(config.concept.retained()) == phrases - {"a bomb"} | {""}
+    # Another target from the command line takes the first one's place.
+    config = parse(TrainConfig, [*arguments, "--concept.targets", '["a cigarette"]'])
+    assert set(config.concept.retained()) == phrases - {"a cigarette"} | {""}
