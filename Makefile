@@ -32,7 +32,7 @@ check: install
 # The bundled model, from its sources: needs npm, and a few hours of two cores.
 emoji: install
 	$(BIN)/python -m pip install --quiet --editable '.[emoji]'
-	PYTHON=$(CURDIR)/$(BIN)/python scripts/emoji/build.sh $(or $(WORK),build/emoji)
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/emoji/build.sh $(or $(WORK),runs/emoji)
 
 clean:
 	rm -rf build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -143,16 +143,13 @@ def _evaluate(
 
 def _generator(config: EvalConfig, suite: Any, wrap: Any, *, erased: bool) -> Any:
     """The model under evaluation; the base is the same without LoRA and without sampler."""
-    import torch
-
+    from expunge.backbones import device_of
     from expunge.eval.generators import PipelineGenerator
-    from expunge.sampling.load import load_erased
+    from expunge.sampling.load import load_model
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config.device)
     lora = config.lora if erased else []
-    pipeline = load_erased(config.model, lora, config.lora_scale, device=device)
+    pipeline = load_model(config.model, lora, config.lora_scale, device=device)
     return PipelineGenerator(
         wrap(pipeline) if erased else pipeline,
         steps=suite.steps,

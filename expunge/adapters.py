@@ -5,7 +5,7 @@ with the alpha in its metadata: without it diffusers reads alpha = rank, silentl
 """
 
 import json
-import os
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,21 +81,40 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
         raise RuntimeError("the adapter is all zero: nothing was trained")
     if not all(torch.isfinite(v).all() for v in tensors.values()):
         raise RuntimeError("the adapter holds NaN or infinite weights; lower the learning rate")
-    config = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in unet.peft_config[NAME].to_dict().items()
-    }
+    # Only what every version of peft knows: it refuses a key that it does not.
+    known = unet.peft_config[NAME].to_dict()
+    config = {key: known[key] for key in ("peft_type", "r", "lora_alpha", "bias")}
+    config["target_modules"] = sorted(known["target_modules"])
     header = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()}),
         METADATA: json.dumps(metadata, sort_keys=True),
     }
-    temporary = folder / f".{os.getpid()}.{FILE}"
-    save_file({f"unet.{k}": v for k, v in tensors.items()}, temporary, metadata=header)
-    with _quiet():
-        _compare(pipeline, temporary, tensors)
-    temporary.replace(folder / FILE)
+    temporary = folder / ".unfinished.safetensors"
+    try:
+        save_file({f"unet.{k}": v for k, v in tensors.items()}, temporary, metadata=header)
+        _sort_header(temporary)
+        with _quiet():
+            _compare(pipeline, temporary, tensors)
+        temporary.replace(folder / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
     return folder / FILE
+
+
+def _sort_header(file: Path) -> None:
+    """Give the file's metadata one order: safetensors writes it in a random one.
+
+    Equal runs then leave equal bytes. A safetensors file is the header's length (8 bytes, little
+    endian), the header (JSON, padded with blanks to a multiple of 8) and the tensors.
+    """
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 @contextmanager
@@ -168,7 +187,13 @@ def read_header(lora: str | Path) -> dict[str, str]:
 def read_metadata(lora: str | Path) -> dict[str, Any]:
     """What expunge wrote about a LoRA: concept, objective …; empty for a file of others."""
     text = read_header(lora).get(METADATA)
-    return json.loads(text) if text else {}
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"got LoRA {lora}, whose {METADATA!r} metadata is no JSON object")
+    return found
 
 
 def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
@@ -183,6 +208,8 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
     Raises:
         UserError: A file is broken, fits no module of this model, or does nothing.
     """
+    if loras and not 0 < scale < math.inf:
+        raise UserError(f"got lora_scale {scale}; allowed: above 0; 1 is what was trained")
     names = []
     for index, lora in enumerate(loras):
         file, name = locate(lora), f"{NAME}_{index}"
@@ -193,7 +220,7 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
                 pipeline.load_lora_weights(
                     str(file.parent), weight_name=file.name, adapter_name=name
                 )
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
             raise UserError(
                 f"got LoRA {file}, which does not fit this model "
                 f"({' '.join(str(error).split())[:200]}); allowed: a LoRA made for this model"
@@ -208,14 +235,35 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
             )
         if not all(torch.isfinite(v).all() for part in loaded for v in part.values()):
             raise UserError(f"got LoRA {file}, which holds NaN or infinite weights; train it anew")
-        if not any(v.any() for part in loaded for k, v in part.items() if "lora_B" in k):
-            raise UserError(f"got LoRA {file}, whose weights are all zero: it erases nothing")
+        for half in ("lora_A", "lora_B"):
+            if not any(v.any() for part in loaded for k, v in part.items() if half in k):
+                raise UserError(f"got LoRA {file}, whose {half} is all zero: it erases nothing")
         names.append(name)
     if names:
         pipeline.set_adapters(names, [scale] * len(names))
-        if set(pipeline.get_active_adapters()) != set(names):
-            raise RuntimeError("the adapters were loaded but are not active")
+        _require_active(pipeline, names)
     return names
+
+
+def _require_active(pipeline: Any, names: list[str]) -> None:
+    """Every layer that has an adapter uses it; the pipeline's own list speaks of one layer only."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = set()
+    for network in _networks(pipeline):
+        for layer in network.modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            for name in set(names) & set(layer.lora_A):
+                found.add(name)
+                active = name in layer.active_adapters and not layer.disable_adapters
+                if not active or not layer.scaling[name] > 0:
+                    raise UserError(
+                        f"got LoRA {name} with scaling {layer.scaling[name]}, which is not active "
+                        "in every layer; allowed: an alpha above 0"
+                    )
+    if found != set(names):
+        raise RuntimeError(f"the adapters {sorted(set(names) - found)} are in no layer")
 
 
 def _networks(pipeline: Any) -> list[Any]:

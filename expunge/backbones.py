@@ -15,8 +15,8 @@ GUIDANCE_SCALE = {"emoji": 4.0}
 MODULE_GROUPS = {
     "x": "cross-attention: attn2 q, k, v, out",
     "x-strict": "cross-attention: attn2 k, v",
-    "u": "all linear layers and convolutions but attn2, time embedding, conv_in, conv_out",
-    "all": "all linear layers and convolutions but time embedding, conv_in, conv_out",
+    "u": "all linear layers and convolutions but attn2, time_embedding and conv_out",
+    "all": "all linear layers and convolutions but time_embedding and conv_out",
 }
 
 
@@ -74,7 +74,16 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        KeyError,
+    ) as error:
         raise UserError(
             f"got model {model}, which cannot be loaded ({_first_line(error)}); allowed: a whole "
             "diffusers model with safetensors weights; check the folder or the network"
@@ -84,11 +93,24 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             f"got model {model}, a {type(pipeline).__name__}; allowed: Stable Diffusion 1.x or 2.x"
         )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    try:
+        pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"got device {device!r}, which cannot be used ({_first_line(error)}); allowed: cpu, "
+            "cuda, mps, as far as this machine has them"
+        ) from error
     # Only where it is not so already: diffusers warns of every cast.
     if any(getattr(part, "dtype", dtype) != dtype for part in pipeline.components.values()):
         pipeline.to(dtype)
     return pipeline
+
+
+def device_of(name: str) -> str:
+    """The device that a name means: `auto` is the GPU if there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def recommended_guidance(model: str) -> float:
@@ -134,7 +156,7 @@ def _in_group(name: str, group: str) -> bool:
         return cross
     if group == "x-strict":
         return cross and name.endswith((".to_k", ".to_v"))
-    outer = name.startswith(("conv_in", "conv_out")) or "time_emb" in name
+    outer = name.startswith(("conv_out", "time_embedding"))
     return not outer and (group == "all" or not cross)
 
 

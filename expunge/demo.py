@@ -25,6 +25,10 @@ class DemoConfig:
     output_dir: Path = field(metadata={"help": "folder for everything; a rerun goes on"})
     limit: int = field(default=24, metadata={"help": "pictures of each group in the evaluation"})
 
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"got limit {self.limit}; allowed: 1 or more")
+
 
 def main(argv: list[str]) -> None:
     """Erase "bomb" from the emoji model, evaluate before and after, leave a picture and a table."""

@@ -45,6 +45,7 @@ def generate(
         ).images
         parts.append(images.float().cpu() * 2 - 1)
     pictures = torch.cat(parts)
+    # The pipeline clamps infinities away; only NaN gets here.
     if not torch.isfinite(pictures).all():
         raise FloatingPointError("the model produced NaN pictures")
     return pictures

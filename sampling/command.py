@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from expunge.configuration import parse
 from expunge.sampling.samplers import SAMPLERS
+
+SAMPLES = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class SampleConfig:
         default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
     )
     batch_size: int = 16
-    device: str = "cpu"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -49,14 +52,18 @@ def main(argv: list[str]) -> None:
     from expunge import backbones, pictures
     from expunge.generation import generate
     from expunge.results import fresh_output_dir, provenance, write_json_atomic
-    from expunge.sampling.load import load_erased
+    from expunge.sampling.load import load_model
 
     folder = Path(config.output_dir)
+    if config.overwrite and not (folder / SAMPLES).is_file():
+        # A training's folder carries expunge's marker too; only pictures make way for pictures.
+        fresh_output_dir(folder, dry_run=True)
     fresh_output_dir(folder, config.overwrite, dry_run=True)
+    device = backbones.device_of(config.device)
     guidance = config.guidance_scale
     if guidance is None:
         guidance = backbones.recommended_guidance(config.model)
-    pipeline = wrap(load_erased(config.model, config.lora, config.lora_scale, device=config.device))
+    pipeline = wrap(load_model(config.model, config.lora, config.lora_scale, device=device))
     fresh_output_dir(folder, config.overwrite)
     rows, records = [], []
     jobs = [(p, config.seed + i) for p in config.prompt for i in range(config.images_per_prompt)]
@@ -83,7 +90,7 @@ def main(argv: list[str]) -> None:
     grid = [rows[i : i + n] for i in range(0, len(rows), n)]
     pictures.save_png(pictures.sheet(grid, config.prompt), folder / "grid.png")
     write_json_atomic(
-        folder / "samples.json",
+        folder / SAMPLES,
         {
             "model": config.model,
             "lora": config.lora,

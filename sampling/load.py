@@ -1,10 +1,11 @@
-"""Load an erased model, or fail: an adapter that is not active is an error, never a warning."""
+"""Load a model with its LoRA, or fail: an adapter that is not active is an error, not a warning."""
 
 from typing import Any
 
 import torch
 
 from expunge import adapters, backbones
+from expunge.errors import UserError
 
 
 def load_erased(
@@ -24,8 +25,21 @@ def load_erased(
         device: Where the pipeline runs.
 
     Raises:
-        UserError: The model or a LoRA is missing, broken, or does not fit.
+        UserError: No LoRA is given, or the model or a LoRA is missing, broken, or does not fit.
     """
+    if not lora:
+        raise UserError("got no LoRA; allowed: one or more; without one nothing is erased")
+    return load_model(model, lora, lora_scale, dtype, device)
+
+
+def load_model(
+    model: str,
+    lora: list[str],
+    lora_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Any:
+    """As `load_erased`, but without LoRA it is the model as it is."""
     # Whether the files are there is known in an instant; loading a model is not.
     for file in lora:
         adapters.read_header(file)

@@ -139,7 +139,15 @@ def test_whatever_would_not_erase_is_refused(tiny_sd1, tmp_path) -> None:
     save_file({k: v[..., :-1].contiguous() for k, v in tensors.items()}, bad)
     refused(tiny_sd1, bad, "does not fit")
     save_file({k: v * ("lora_A" in k) for k, v in tensors.items()}, bad)
-    refused(tiny_sd1, bad, "erases nothing")
+    refused(tiny_sd1, bad, "lora_B is all zero")
+    save_file({k: v * ("lora_B" in k) for k, v in tensors.items()}, bad)
+    refused(tiny_sd1, bad, "lora_A is all zero")
+    with safe_open(file, "pt") as stream:
+        header = stream.metadata()
+    for alpha in (0, -16):
+        edited = json.loads(header["lora_adapter_metadata"]) | {"unet.lora_alpha": alpha}
+        save_file(tensors, bad, metadata=header | {"lora_adapter_metadata": json.dumps(edited)})
+        refused(tiny_sd1, bad, "not active|does not fit")
     save_file({k: v * float("nan") for k, v in tensors.items()}, bad)
     refused(tiny_sd1, bad, "NaN")
     bad.write_bytes(file.read_bytes()[:1000])
@@ -148,6 +156,18 @@ def test_whatever_would_not_erase_is_refused(tiny_sd1, tmp_path) -> None:
     pickle = tmp_path / "weights.bin"
     torch.save(tensors, pickle)
     refused(tiny_sd1, pickle, "pickle")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_adapter_that_is_switched_off_is_refused(tiny_sd1, tmp_path, scale) -> None:
+    adapters.save(trained(tiny_sd1), tmp_path, {})
+    with pytest.raises(UserError, match="lora_scale"):
+        load_erased(tiny_sd1, [str(tmp_path)], lora_scale=scale)
+
+
+def test_an_erased_model_without_lora_is_none(tiny_sd1) -> None:
+    with pytest.raises(UserError, match="got no LoRA"):
+        load_erased(tiny_sd1, [])
 
 
 def test_nothing_trained_or_nan_is_never_written(tiny_sd1, tmp_path) -> None:

@@ -18,7 +18,8 @@ def test_module_groups_of_a_unet(tiny_sd1) -> None:
     assert {name.rsplit(".")[-1] for name in groups["x-strict"]} == {"to_k", "to_v"}
     assert not groups["u"] & groups["x"]
     assert groups["u"] | groups["x"] == groups["all"]
-    assert not any("time_emb" in name or name.startswith("conv_") for name in groups["all"])
+    assert not any(name.startswith(("time_embedding", "conv_out")) for name in groups["all"])
+    assert any("time_emb_proj" in name for name in groups["u"])
 
 
 def test_module_groups_of_the_full_sizes() -> None:

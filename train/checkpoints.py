@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
@@ -54,7 +55,15 @@ class Checkpoints:
             return False
         try:
             self.accelerator.load_state(str(found[-1]))
-        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, EOFError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            EOFError,
+            UnpicklingError,
+        ) as error:
             raise UserError(
                 f"got checkpoint {found[-1]}, which cannot be read ({error}); delete that folder "
                 "to go on from the one before"
@@ -63,7 +72,7 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """The whole states, oldest first."""
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("step-*"), key=lambda state: int(state.name[5:]))
 
     def _save_adapter(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         weights.clear()  # so that accelerate does not write the whole UNet
@@ -76,4 +85,6 @@ class Checkpoints:
 
         models.clear()
         state = load_file(Path(input_dir) / ADAPTER)
+        if state.keys() != adapters.weights(self.unet).keys():
+            raise ValueError("its adapter is of another run")
         set_peft_model_state_dict(self.unet, state, adapter_name=adapters.NAME)

@@ -46,6 +46,10 @@ class Validation:
     steps: int = 25
     guidance_scale: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.seeds < 1 or self.steps < 1:
+            raise ValueError(f"got {self}; allowed: every 0 or more, seeds and steps 1 or more")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -85,6 +89,11 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
+        if getattr(self.latents, "source", None) == "ema" and not self.objective.ema_decay:
+            raise ValueError(
+                "got latents.source ema with an objective that keeps no average; allowed: teacher, "
+                "student"
+            )
         if self.preserve.weight and not self.concept.retained():
             raise ValueError(
                 "got preserve.weight above 0 with no prompt in concept.preserve; allowed: one or "

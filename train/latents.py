@@ -57,11 +57,10 @@ class Rollout:
         network = "student_sg" if self.source == "student" else self.source
         for t in scheduler.timesteps[:k]:
             inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)
-            e0, ep = networks.epsilon(network, inputs).chunk(2)
+            # Guidance is linear, so it may act on ε, v or x_0 alike.
+            null_raw, prompt_raw = networks.raw(network, inputs).chunk(2)
             networks.forwards["sampling"] += 2 * batch
-            ε = prediction.guide(e0, ep, self.guidance_scale)
-            ᾱ = prediction.alpha_bar(networks.scheduler, inputs.t[:batch])
-            raw = prediction.from_epsilon(ε, x_t, ᾱ, networks.kind)
+            raw = prediction.guide(null_raw, prompt_raw, self.guidance_scale)
             x_t = scheduler.step(raw, t, x_t).prev_sample
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])

@@ -91,7 +91,10 @@ class Trainer:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
         if config.resume and self.checkpoints.load_newest():
-            self.networks.forwards.update(progress.forwards)
+            for name, n in progress.forwards.items():
+                self.networks.forwards[name] = n // accelerator.num_processes
+            if self.ema is not None:
+                self.ema.to(accelerator.device)  # accelerate restores it on the CPU
         begun = time.perf_counter() - progress.seconds
         bar = tqdm(
             total=config.steps,
@@ -103,7 +106,9 @@ class Trainer:
             logs = self._optimise(progress.step)
             progress.step += 1
             progress.seconds = time.perf_counter() - begun
-            progress.forwards = dict(self.networks.forwards)
+            # Every process does the same number of passes.
+            passes = self.networks.forwards.items()
+            progress.forwards = {name: n * accelerator.num_processes for name, n in passes}
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
@@ -133,9 +138,10 @@ class Trainer:
                 self.optimizer.zero_grad()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.step(self.parameters)
+        if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step that overflowed
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
 
     def _losses(self, draw: int) -> dict[str, Tensor]:
@@ -148,7 +154,11 @@ class Trainer:
         retained = config.preserve.prompts(concept, rng)
         made_with = [prompt for prompt, _ in erased] + [prompt for prompt, _ in retained]
         x_t, t = config.latents.draw(
-            self.networks, self.embeddings(made_with), self.embeddings([""]), self.shape, generator
+            self.networks,
+            self.embeddings(made_with),
+            self.embeddings([concept.neutral]),
+            self.shape,
+            generator,
         )
         n = len(erased)
         texts = {
@@ -163,8 +173,9 @@ class Trainer:
         for network, column in (("student", 0), ("teacher", 1)) if retained else ():
             prompts = [pair[column] for pair in retained]
             wanted[f"{network}/retained"] = Inputs(x_t[n:], t[n:], self.embeddings(prompts))
-        with self.accelerator.autocast():
-            found = self.networks.predict(wanted)
+        # No autocast around all of it: every prepared forward has its own, and one cache of casts
+        # for passes with and without gradient would lose the gradient.
+        found = self.networks.predict(wanted)
         losses = {"erase": objective.loss(found).mean()}
         if retained:
             kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])

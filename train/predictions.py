@@ -64,11 +64,15 @@ class Networks:
 
     def epsilon(self, network: str, inputs: Inputs) -> Tensor:
         """ε of one network, (B, C, h, w); only `student` keeps a gradient."""
+        ᾱ = prediction.alpha_bar(self.scheduler, inputs.t)
+        return prediction.to_epsilon(self.raw(network, inputs), inputs.x_t, ᾱ, self.kind)
+
+    def raw(self, network: str, inputs: Inputs) -> Tensor:
+        """What the network itself predicts: ε, v or x_0, (B, C, h, w)."""
         with self._as(network), torch.set_grad_enabled(network == "student"):
             unet = self.wrapped if network == "student" else self.unet
-            raw = unet(inputs.x_t, inputs.t, inputs.embeddings).sample
-        ᾱ = prediction.alpha_bar(self.scheduler, inputs.t)
-        return prediction.to_epsilon(raw, inputs.x_t, ᾱ, self.kind)
+            found: Tensor = unet(inputs.x_t, inputs.t, inputs.embeddings).sample
+        return found
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -86,6 +90,8 @@ class Networks:
     def _as(self, network: str) -> Any:
         if network == "teacher":
             return adapters.teacher(self.unet)
+        if network == "ema" and self.ema is None:
+            raise ValueError("got a prediction of ema, but this objective keeps no average")
         return self.averaged() if network == "ema" else nullcontext()
 
 

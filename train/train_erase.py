@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from expunge.train.config import TrainConfig
     from expunge.train.loop import Trainer
 
+RESULT = "train_result.json"
 # What may change between a run and its resumption without making it another run.
 FREE = ("resume", "overwrite", "output_dir", "checkpoint_every", "keep_checkpoints", "validation")
 
@@ -36,27 +38,37 @@ def train(config: TrainConfig) -> Path:
 
     from expunge import adapters, backbones
     from expunge.configuration import dump
+    from expunge.errors import UserError
     from expunge.results import fresh_output_dir, write_text_atomic
 
     folder = Path(config.output_dir)
     fresh_output_dir(folder, config.overwrite, config.resume, dry_run=True)
+    _refuse_foreign_results(config, folder)
     _refuse_another_run(config, folder)
-    if config.resume and (folder / adapters.FILE).is_file():
+    if config.resume and (folder / RESULT).is_file():  # it is written last
         print(f"{folder} is complete; nothing to resume")
         return folder / adapters.FILE
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation,
-        mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation,
+            mixed_precision=config.mixed_precision,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"got mixed_precision {config.mixed_precision} ({error}); allowed on this machine: no, "
+            "and bf16 where its processor has it"
+        ) from error
     pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
     from expunge.train.loop import Trainer
 
     trainer = Trainer(config, pipeline, accelerator, folder)
     if accelerator.is_main_process:
         fresh_output_dir(folder, config.overwrite, config.resume)
-        write_text_atomic(folder / "config.yaml", dump(config))
+        # The file is for repeating the run, which must not empty this folder.
+        again = replace(config, overwrite=False, resume=False)
+        write_text_atomic(folder / "config.yaml", dump(again))
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
     trainer.run(lambda step: _validate(trainer, folder, step))
@@ -67,6 +79,14 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder / adapters.FILE
+
+
+def _refuse_foreign_results(config: TrainConfig, folder: Path) -> None:
+    """An evaluation's folder carries expunge's marker too; only a training makes way for one."""
+    from expunge.results import fresh_output_dir
+
+    if (config.overwrite or config.resume) and not (folder / "config.yaml").is_file():
+        fresh_output_dir(folder, dry_run=True)
 
 
 def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
@@ -119,14 +139,14 @@ def _finish(trainer: Trainer, folder: Path) -> None:
     result = about | {
         "schema_version": 1,
         "seconds": round(progress.seconds, 3),
-        "unet_forwards": dict(trainer.networks.forwards),
+        "unet_forwards": progress.forwards,
         "trainable_parameters": sum(p.numel() for p in trainer.parameters),
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_sha256": sha256_file(file),
         "provenance": provenance(),
     }
     write_text_atomic(folder / "README.md", model_card(config, result))
-    write_json_atomic(folder / "train_result.json", result)
+    write_json_atomic(folder / RESULT, result)
     print(f"erased {config.concept.name!r}; the LoRA was read back and is {file}")
 
 

@@ -21,10 +21,9 @@ from expunge.eval.detectors.emoji_judge import load_judge
 TARGET = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
 
-@torch.no_grad()
-def latent_scale(vae, pictures: torch.Tensor) -> float:
-    means = [vae.encode(to_float(part)).latent_dist.mean for part in pictures.split(64)]
-    return 1 / torch.cat(means).std().item()
+def trained_scale(work: Path) -> float:
+    latents = torch.cat([torch.load(file) for file in sorted(work.glob("latents-*.pt"))])
+    return 1 / latents.std().item()
 
 
 @torch.no_grad()
@@ -52,7 +51,8 @@ def main() -> None:
     ema.copy_to(model.parameters())
     vae = build_vae()
     vae.load_state_dict(torch.load(args.work / "vae.pt", map_location="cpu")["vae"])
-    vae.register_to_config(scaling_factor=latent_scale(vae, held[:1000]))
+    # The scale that the UNet was trained with, of the latents that it was trained on.
+    vae.register_to_config(scaling_factor=trained_scale(args.work))
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         unet=model.unet.half(),
@@ -66,12 +66,12 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "guide", "judge"):
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(TARGET / part, ignore_errors=True)
     pipeline.save_pretrained(TARGET)
     for part in ("guide", "judge"):
-        if (args.work / part).is_dir():
-            shutil.copytree(args.work / part, TARGET / part)
+        shutil.rmtree(TARGET / part, ignore_errors=True)
+        shutil.copytree(args.work / part, TARGET / part)
     save_file(reference_features(held), TARGET / "judge" / "reference.safetensors")
     export(TARGET / "vocabulary.json")
     for file in TARGET.rglob("*.safetensors"):

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Rebuild models/emoji from its sources: pictures, autoencoder, judge, guide, diffusion model.
 #
-#   make emoji [WORK=build/emoji]
+#   make emoji [WORK=runs/emoji]
 #
 # Seeded, and resumable: every stage goes on from its checkpoint in WORK. On two CPU cores about
 # 25 minutes for the autoencoder, 10 for the judge, 25 for the guide and 60 for the diffusion model.
 set -euo pipefail
+mkdir -p "${1:?say: build.sh WORK}"
+work=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")"
-work=$(realpath -m "${1:?say: build.sh WORK}")
 python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Gloo finds its peers by the host's name, which need not resolve; all are on this machine.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+if [ "$(uname)" = Linux ]; then export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}; fi
 
 $python train_vae.py --work "$work"
 $python train_judge.py --work "$work"

@@ -42,7 +42,9 @@ def scenes(
         return kept["pictures"], kept["scenes"]
     pictures, shown = draw_scenes(args.cache, count, seed, pair_rate)
     kept = {"pictures": torch.from_numpy(np.moveaxis(pictures, 3, 1).copy()), "scenes": shown}
-    torch.save(kept, file)
+    temporary = file.with_suffix(".tmp")
+    torch.save(kept, temporary)
+    temporary.replace(file)
     return kept["pictures"], shown
 
 

@@ -12,9 +12,10 @@ import torch
 from assemble import TARGET
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from expunge.backbones import load_pipeline
 from stage import arguments
 from train_diffusion import TextToNoise
+
+from expunge.backbones import load_pipeline
 
 
 def main() -> None:

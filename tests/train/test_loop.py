@@ -69,6 +69,12 @@ OBJECTIVES = {
     "esd": {"objective": Esd()},
     "esd-x-strict": {"objective": Esd(variant="x-strict")},
     "esd-u": {"objective": Esd(variant="u")},
+    "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
+    "sdd-bf16": {
+        "objective": Sdd(ema_decay=0.9),
+        "latents": Rollout(steps=3, source="ema"),
+        "mixed_precision": "bf16",
+    },
     "sdd": {
         "objective": Sdd(ema_decay=0.9),
         "latents": Rollout(steps=3, source="ema"),
@@ -88,6 +94,7 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert pipeline.get_active_adapters()
     result = json.loads((out / "train_result.json").read_text())
     assert result["objective"] == name.split("-")[0]
+    assert result["base_sha256"]
     assert result["concept"]["targets"] == run.concept.targets
     assert result["steps"] == 4
     assert result["adapter_sha256"]
@@ -108,6 +115,86 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert "concept-erasure" in card
     assert "a bomb" in card
     assert adapters.read_metadata(out)["concept"]["targets"] == run.concept.targets
+    # Every layer learnt something: a lost gradient would leave its B at zero.
+    assert all(v.any() for k, v in weights(out).items() if "lora_B" in k)
+
+
+def test_every_objective_of_the_table_is_run() -> None:
+    from expunge.train.objectives import OBJECTIVES as TABLE
+
+    assert {type(change["objective"]) for change in OBJECTIVES.values()} == {
+        TABLE.load(name) for name in TABLE
+    }
+
+
+def test_what_is_exported_is_the_average(tiny_sd1, tmp_path) -> None:
+    run = config(tiny_sd1, tmp_path / "out", checkpoint_every=4, **OBJECTIVES["sdd"])
+    train(run)
+    state = tmp_path / "out" / "checkpoints" / "step-000004"
+    student = load_file(state / "adapter.safetensors")
+    averages = torch.load(state / "custom_checkpoint_2.pkl")["shadow_params"]
+    exported = [v for v in weights(tmp_path / "out").values()]
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(sorted_by_sum(exported), sorted_by_sum(averages), strict=True)
+    )
+    assert not any(
+        torch.equal(v, student[k.removeprefix("unet.")])
+        for k, v in weights(tmp_path / "out").items()
+        if "lora_B" in k
+    )
+
+
+def sorted_by_sum(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return sorted(tensors, key=lambda tensor: (tensor.shape, tensor.double().sum().item()))
+
+
+def test_a_kill_between_the_lora_and_its_result_is_finished_by_a_resume(tiny_sd1, tmp_path) -> None:
+    run = config(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    before = (tmp_path / "out" / adapters.FILE).read_bytes()
+    for name in ("train_result.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    train(dataclasses.replace(run, resume=True))
+    assert (tmp_path / "out" / "train_result.json").is_file()
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert (tmp_path / "out" / adapters.FILE).read_bytes() == before
+
+
+def test_a_configuration_that_was_kept_does_not_empty_its_folder(tiny_sd1, tmp_path) -> None:
+    run = config(tiny_sd1, tmp_path / "out", steps=1)
+    train(run)
+    train(dataclasses.replace(run, overwrite=True))
+    assert load(TrainConfig, tmp_path / "out" / "config.yaml").overwrite is False
+
+
+def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
+    from expunge.results import fresh_output_dir
+
+    report = fresh_output_dir(tmp_path / "report") / "report.json"
+    report.write_text("{}")
+    for how in ("overwrite", "resume"):
+        with pytest.raises(UserError, match="already holds results"):
+            train(config(tiny_sd1, tmp_path / "report", **{how: True}))
+    assert report.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"latents": Rollout(source="ema")}, "keeps no average"),
+        ({"preserve": Preserve(weight=1.0), "concept": Concept(targets=["a"])}, "preserve"),
+    ],
+)
+def test_settings_that_contradict_each_other(tiny_sd1, tmp_path, changes, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        config(tiny_sd1, tmp_path / "out", **changes)
+
+
+@pytest.mark.parametrize("bad", [{"every": -1}, {"seeds": 0}, {"steps": 0}])
+def test_senseless_validation(bad) -> None:
+    with pytest.raises(ValueError, match="Validation"):
+        Validation(**bad)
 
 
 def test_one_seed_one_adapter(tiny_sd1, tmp_path) -> None:
@@ -190,7 +277,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
     steps = 8
     reference = config(
         tiny_sd1, tmp_path / "whole", steps=steps, checkpoint_every=1, lr_scheduler="cosine",
-        **OBJECTIVES[kind],
+        keep_checkpoints=steps, gradient_accumulation=2, **OBJECTIVES[kind],
     )  # fmt: skip
     yaml = tmp_path / "run.yaml"
     yaml.write_text(dump(reference))
@@ -211,6 +298,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
     done = launch([*arguments, "--resume", "true"])
     assert done.wait() == 0, done.stderr.read()
     assert same(weights(tmp_path / "whole"), weights(out))
+    assert (tmp_path / "whole" / adapters.FILE).read_bytes() == (out / adapters.FILE).read_bytes()
     whole, killed = (
         json.loads((folder / "train_result.json").read_text())
         for folder in (tmp_path / "whole", out)
@@ -223,7 +311,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
 
 def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
     train(config(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1))
-    (tmp_path / "out" / adapters.FILE).unlink()
+    (tmp_path / "out" / "train_result.json").unlink()
     with pytest.raises(UserError, match="another learning_rate"):
         train(config(tiny_sd1, tmp_path / "out", steps=2, learning_rate=1.0, resume=True))
 
@@ -231,7 +319,7 @@ def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
 def test_a_torn_checkpoint_is_named(tiny_sd1, tmp_path) -> None:
     run = config(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
     train(run)
-    (tmp_path / "out" / adapters.FILE).unlink()
+    (tmp_path / "out" / "train_result.json").unlink()
     torn = tmp_path / "out" / "checkpoints" / "step-000002" / "adapter.safetensors"
     torn.write_bytes(torn.read_bytes()[:50])
     with pytest.raises(UserError, match=r"step-000002.*cannot be read"):
