@@ -64,7 +64,8 @@ def main() -> None:
         "guide_held_out": json.loads((TARGET / "guide" / "held_out.json").read_text())
         if (TARGET / "guide" / "held_out.json").is_file()
         else None,
-        "provenance": provenance(),
+        # Committed with the model: the command line would carry paths of one machine.
+        "provenance": {k: v for k, v in provenance().items() if k != "command"},
     }
     write_json_atomic(TARGET / "quality.json", result)
     for key in ("single_top1", "style", "background", "pair_recall", "seen_at_half"):
