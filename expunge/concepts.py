@@ -52,4 +52,5 @@ class Concept:
 
 def _mentions(prompt: str, target: str) -> bool:
     bare = re.sub(r"^(an?|the)\s+", "", target.strip(), flags=re.IGNORECASE)
-    return re.search(rf"\b{re.escape(bare)}\b", prompt, flags=re.IGNORECASE) is not None
+    # Not \b, which finds no border beside a target that ends in "+" or "!".
+    return re.search(rf"(?<!\w){re.escape(bare)}(?!\w)", prompt, flags=re.IGNORECASE) is not None

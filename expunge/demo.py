@@ -51,7 +51,9 @@ def main(argv: list[str]) -> None:
         ]
     )
     for name, where in RESULTS.items():
-        shutil.copyfile(folder / where / name, folder / name)
+        temporary = folder / f".{name}.tmp"
+        shutil.copyfile(folder / where / name, temporary)
+        temporary.replace(folder / name)
     minutes = (time.monotonic() - started) / 60
     print(f"{minutes:.1f} minutes. Before and after: {folder / 'grid.png'}")
     print(f"The LoRA: {folder / 'pytorch_lora_weights.safetensors'}")

@@ -32,3 +32,16 @@ def test_what_names_a_target_is_not_retained() -> None:
         preserve=["", "a bow", "a rainbow", "a Bow in ink style", "bowls", "a cat and a bow"],
     )
     assert concept.retained() == ["", "a rainbow", "bowls"]
+
+
+@pytest.mark.parametrize(
+    ("target", "prompt", "mentioned"),
+    [
+        ("C++", "a book on C++", True),
+        ("C++", "a book on C", False),
+        ("Yahoo!", "the Yahoo! sign", True),
+        ("ink", "a pink cup", False),
+    ],
+)
+def test_a_target_is_found_as_whole_words_whatever_it_ends_in(target, prompt, mentioned) -> None:
+    assert Concept(targets=[target]).mentioned_in(prompt) is mentioned

@@ -46,7 +46,8 @@ fine-tuning for every published method.
 def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
     """The card's text, front matter included."""
     data = ModelCardData(
-        base_model=config.model,
+        # The hub takes it for an id; a folder of this machine is none.
+        base_model=None if result["base_sha256"] else config.model,
         tags=["diffusers", "lora", "concept-erasure"],
         library_name="diffusers",
     )
@@ -69,6 +70,6 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         seed=config.seed,
         forwards=" / ".join(str(forwards[k]) for k in ("teacher", "student", "sampling")),
         seconds=result["seconds"],
-        base=result["base_sha256"],
+        base=result["base_sha256"] or "not known: it came from the hub",
         adapter=result["adapter_sha256"],
     )

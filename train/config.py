@@ -99,3 +99,9 @@ class TrainConfig:
                 "got preserve.weight above 0 with no prompt in concept.preserve; allowed: one or "
                 "more that name no target; add some, or set preserve.weight 0"
             )
+        if self.preserve.weight and self.preserve.pairs and not self.preserve.nouns(self.concept):
+            raise ValueError(
+                "got preserve.pairs above 0 with no prompt of one to three words in "
+                'concept.preserve; allowed: one or more, as in "a cat face"; add some, or set '
+                "preserve.pairs 0"
+            )

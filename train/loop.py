@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expunge import adapters, backbones
+from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
 from expunge.train.predictions import Inputs, Networks
@@ -29,15 +30,16 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     forwards: dict[str, int] = field(default_factory=dict)
+    base: str | None = None  # sha256 of the model that is erased from
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"step": self.step, "seconds": self.seconds, "forwards": dict(self.forwards)}
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From plain values."""
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.forwards = state["forwards"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class Trainer:
@@ -48,10 +50,16 @@ class Trainer:
         pipeline: The model; its UNet is given the adapter.
         accelerator: Devices, precision, accumulation, logs.
         folder: For checkpoints and logs.
+        base: SHA-256 of the model's files; None when they are not at hand.
     """
 
     def __init__(
-        self, config: TrainConfig, pipeline: Any, accelerator: Accelerator, folder: Path
+        self,
+        config: TrainConfig,
+        pipeline: Any,
+        accelerator: Accelerator,
+        folder: Path,
+        base: str | None = None,
     ) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         self.unet = unet = pipeline.unet
@@ -80,7 +88,7 @@ class Trainer:
             self.ema.to(accelerator.device)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
-        self.progress = Progress()
+        self.progress = Progress(base=base)
         kept = (self.schedule, self.progress, self.ema)
         accelerator.register_for_checkpointing(*(part for part in kept if part is not None))
         self.checkpoints = Checkpoints(
@@ -90,7 +98,13 @@ class Trainer:
     def run(self, validate: Callable[[int], None]) -> None:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
+        base = progress.base
         if config.resume and self.checkpoints.load_newest():
+            if progress.base != base:
+                raise UserError(
+                    f"got a model {config.model} whose files are not those the run began with; "
+                    "allowed: to resume on the same weights; restore them, or say --overwrite true"
+                )
             for name, n in progress.forwards.items():
                 self.networks.forwards[name] = n // accelerator.num_processes
             if self.ema is not None:
@@ -115,7 +129,12 @@ class Trainer:
             last = progress.step == config.steps
             if config.checkpoint_every and (progress.step % config.checkpoint_every == 0 or last):
                 self.checkpoints.save(progress.step)
-            if config.validation.every and progress.step % config.validation.every == 0:
+            # The last sheet is made by whoever called, of every run.
+            if (
+                config.validation.every
+                and progress.step % config.validation.every == 0
+                and not last
+            ):
                 validate(progress.step)
         bar.close()
 

@@ -42,11 +42,10 @@ class Preserve:
         if not self.weight:
             return []
         retained = concept.retained()
-        # Nothing can stand beside the empty prompt, and a sentence makes no noun.
-        nouns = [prompt for prompt in retained if prompt and len(prompt.split()) <= 3]
+        nouns = self.nouns(concept)
         chosen = []
         for _ in range(self.batch_size):
-            if nouns and rng.random() < self.pairs:
+            if rng.random() < self.pairs:
                 other, target = rng.choice(nouns), rng.choice(concept.targets)
                 pair = [other, target]
                 rng.shuffle(pair)
@@ -58,6 +57,11 @@ class Preserve:
                 prompt = rng.choice(retained)
                 chosen.append((prompt, prompt))
         return chosen
+
+    @staticmethod
+    def nouns(concept: Concept) -> list[str]:
+        """Retained prompts that can stand beside a target: neither empty nor a sentence."""
+        return [prompt for prompt in concept.retained() if prompt and len(prompt.split()) <= 3]
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """λ · MSE of each sample, (B,)."""

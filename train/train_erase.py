@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> Path:
     from expunge import adapters, backbones
     from expunge.configuration import dump
     from expunge.errors import UserError
-    from expunge.results import fresh_output_dir, write_text_atomic
+    from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
 
     folder = Path(config.output_dir)
     fresh_output_dir(folder, config.overwrite, config.resume, dry_run=True)
@@ -63,7 +63,9 @@ def train(config: TrainConfig) -> Path:
     pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
     from expunge.train.loop import Trainer
 
-    trainer = Trainer(config, pipeline, accelerator, folder)
+    where = Path(backbones.resolve(config.model))
+    base = sha256_folder(where) if where.is_dir() else None
+    trainer = Trainer(config, pipeline, accelerator, folder, base)
     if accelerator.is_main_process:
         fresh_output_dir(folder, config.overwrite, config.resume)
         # The file is for repeating the run, which must not empty this folder.
@@ -110,12 +112,11 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
 def _finish(trainer: Trainer, folder: Path) -> None:
     import yaml
 
-    from expunge import adapters, backbones
+    from expunge import adapters
     from expunge.configuration import dump
     from expunge.results import (
         provenance,
         sha256_file,
-        sha256_folder,
         write_json_atomic,
         write_text_atomic,
     )
@@ -124,14 +125,12 @@ def _finish(trainer: Trainer, folder: Path) -> None:
     from expunge.train.objectives import OBJECTIVES
 
     config, progress = trainer.config, trainer.progress
-    where = Path(backbones.resolve(config.model))
-    base = sha256_folder(where) if where.is_dir() else None
     concept = yaml.safe_load(dump(config))["concept"]
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,
         "model": config.model,
-        "base_sha256": base,
+        "base_sha256": progress.base,
         "seed": config.seed,
         "steps": config.steps,
     }

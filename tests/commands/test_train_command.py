@@ -74,6 +74,7 @@ def test_accelerate_launch_leaves_a_lora_of_the_named_target(lora) -> None:
 def test_sample_with_and_without_lora(lora, tiny_sd1, tmp_path) -> None:
     common = ["sample", "--model", tiny_sd1, "--prompt", "a bomb", "--prompt", "a key"]
     common += ["--steps", "2", "--images_per_prompt", "2", "--seed", "5"]
+    images = {}
     for name, more in {"base": [], "erased": ["--lora", str(lora)]}.items():
         done = call(*common, *more, "--output_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
@@ -86,6 +87,24 @@ def test_sample_with_and_without_lora(lora, tiny_sd1, tmp_path) -> None:
         ]
         assert all((tmp_path / name / i["file"]).is_file() for i in found["images"])
         assert (tmp_path / name / "grid.png").is_file()
+        images[name] = {
+            i["prompt"]: (tmp_path / name / i["file"]).read_bytes() for i in found["images"]
+        }
+    # The LoRA was trained for one step, and yet every picture shows that it is active.
+    assert all(images["base"][prompt] != images["erased"][prompt] for prompt in images["base"])
+
+
+def test_two_processes_share_the_work_and_agree(tiny_sd1, tmp_path) -> None:
+    out = tmp_path / "out"
+    done = call(
+        "--cpu", "--num_processes", "2", "--main_process_port", "0", "train_erase.py",
+        "--model", tiny_sd1, *QUICK, "--gradient_accumulation", "2", "--output_dir", str(out),
+        launcher=("-m", "accelerate.commands.launch"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "train_result.json").read_text())
+    assert result["unet_forwards"]["student"] == 2 * 2 * 3  # processes, draws, a backward counts 2
+    assert load_file(out / "pytorch_lora_weights.safetensors")
 
 
 def test_sample_is_what_plain_diffusers_draws(tiny_sd1, tmp_path) -> None:
@@ -119,6 +138,10 @@ BAD_TRAINING = {
     "zero rank": (["--lora.rank", "0"], "rank"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "preserve without prompts": (["--preserve.weight", "1"], "preserve"),
+    "pairs without a noun": (
+        ["--preserve", "{weight: 1, pairs: 0.5}", "--concept.preserve", '[""]'],
+        "preserve.pairs",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from expunge import adapters, backbones
 from expunge.concepts import Concept
@@ -314,6 +315,18 @@ def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
     (tmp_path / "out" / "train_result.json").unlink()
     with pytest.raises(UserError, match="another learning_rate"):
         train(config(tiny_sd1, tmp_path / "out", steps=2, learning_rate=1.0, resume=True))
+
+
+def test_resuming_on_other_weights_is_refused(tiny_sd1, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd1, base)
+    run = config(str(base), tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    (tmp_path / "out" / "train_result.json").unlink()
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not those the run began with"):
+        train(dataclasses.replace(run, resume=True))
 
 
 def test_a_torn_checkpoint_is_named(tiny_sd1, tmp_path) -> None:
