@@ -1,0 +1,91 @@
+"""What every harm density is: a differentiable score of pictures, with a threshold per concept."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Harm:
+    """How much pictures show what is to be gone.
+
+    Attributes:
+        score: p_h(x), (B,): what a gradient descends.
+        per_concept: p_h of each concept, (B, M): what thresholds are compared with.
+    """
+
+    score: Tensor
+    per_concept: Tensor
+
+    def __post_init__(self) -> None:
+        for values in (self.score, self.per_concept):
+            if not torch.isfinite(values).all():
+                raise FloatingPointError(
+                    "the harm density is NaN or infinite: nothing can be said of these pictures"
+                )
+
+    def exceeds(self, η: Tensor | float) -> Tensor:
+        """1[p_h ≥ η], (B,): true as soon as one concept reaches its threshold.
+
+        Args:
+            η: One threshold, or one for each concept, (M,).
+        """
+        return (self.per_concept >= η).any(dim=1)
+
+
+class HarmDensity(ABC):
+    """p_h(x): how much a picture shows each of M concepts.
+
+    Attributes:
+        names: The concepts, M of them.
+        thresholds: η of each concept, (M,).
+        resolution: Side in pixels of what it looks at; larger pictures are resized to it. None when
+            it takes any size.
+        span: The values that a concept's score can have, (low, high).
+    """
+
+    names: Sequence[str]
+    thresholds: Tensor
+    resolution: int | None = None
+    span: tuple[float, float] = (0.0, 1.0)
+
+    @abstractmethod
+    def per_concept(self, images: Tensor) -> Tensor:
+        """Scores (B, M) of pictures (B, 3, H, W) in [-1, 1], differentiable in them."""
+
+    def combine(self, per_concept: Tensor) -> Tensor:
+        """The score (B,) of M concepts together, from (B, M); the mean unless overridden."""
+        return per_concept.mean(dim=1)
+
+    def to(self, device: Any) -> HarmDensity:
+        """The same density on another device."""
+        self.thresholds = self.thresholds.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Harm:
+        """The harm of pictures (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: Pictures of another shape.
+            FloatingPointError: A score is NaN or infinite; it is never taken for safe.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"got pictures of shape {tuple(images.shape)}; allowed: (B, 3, H, W)")
+        # Densities are read in float32 whatever the sampler runs in: η is compared to a hair.
+        per_concept = self.per_concept(images.float())
+        if per_concept.shape != (len(images), len(self.names)):
+            raise ValueError(
+                f"got scores of shape {tuple(per_concept.shape)}; allowed: "
+                f"({len(images)}, {len(self.names)}), pictures by concepts"
+            )
+        return Harm(self.combine(per_concept), per_concept)
+
+    def fires(self, images: Tensor) -> Tensor:
+        """1[p_h ≥ η] at the density's own thresholds, (B,)."""
+        return self(images).exceeds(self.thresholds)
