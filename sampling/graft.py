@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+from expunge.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -18,7 +20,15 @@ def graft(instance: T, mixin: type) -> T:
     Args:
         instance: A pipeline or a scheduler, possibly grafted already.
         mixin: A class without instance layout of its own; its methods may call `super()`.
+
+    Raises:
+        UserError: The object has this behaviour already.
     """
+    if isinstance(instance, mixin):
+        raise UserError(
+            f"got a {type(instance).__name__} that is {mixin.__name__} already; allowed: once; "
+            "wrap the original"
+        )
     grafted = copy.copy(instance)
     cls = type(instance)
     members: dict[str, Any] = {
