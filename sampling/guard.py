@@ -1,0 +1,347 @@
+"""Guard a pipeline: its pictures are corrected while they are made, where a density says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expunge import guidance, prediction
+from expunge.densities.base import HarmDensity
+from expunge.errors import UserError
+from expunge.guidance import Decode
+from expunge.sampling.branch import Branch
+from expunge.sampling.graft import graft
+from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How x̂0 is corrected where p_h ≥ η.
+
+    Attributes:
+        direction: `text`: against what the model itself draws for the concept's text,
+            Δ = −w s (e_h − e0) in the prediction; `gradient`: down ∇log p_h.
+        strength: w of `text`; γ of `published`, ρ of `normalised` gradients.
+        scale: What the strength of a gradient means: `normalised` (MPGD) or `published` (γ).
+        schedule: γ_t: `constant`, `window`, `cosine`, or factors spread over the steps.
+        window: (from, to) of `window`, as shares of the denoising.
+        repeats: Gradient steps in a denoising step.
+        momentum: Share of the last denoising step's gradient that is kept.
+        copies: Altered views that a gradient is averaged over; 1 is the picture itself.
+        smooth: Low-pass of the gradient, a standard deviation in latent pixels.
+        start: Share of the denoising before which the density is not asked.
+        every: Denoising steps between two looks.
+        latch: Once it has fired, a sample is corrected in all later steps without another look.
+    """
+
+    direction: Literal["text", "gradient"] = "text"
+    strength: float = 1.0
+    scale: Literal["normalised", "published"] = "normalised"
+    schedule: Literal["constant", "window", "cosine"] | list[float] = "constant"
+    window: tuple[float, float] = (0.3, 0.7)
+    repeats: int = 1
+    momentum: float = 0.0
+    copies: int = 1
+    smooth: float = 0.0
+    start: float = 0.0
+    every: int = 1
+    latch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.repeats < 1 or self.copies < 1 or self.every < 1:
+            raise ValueError(
+                f"got {self}; allowed: strength 0 or more, repeats, copies and every 1 or more"
+            )
+        if not (0 <= self.momentum < 1 and 0 <= self.start < 1 and self.smooth >= 0):
+            raise ValueError(
+                f"got {self}; allowed: momentum and start from 0 to below 1, smooth 0 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the guard saw and did in one denoising step, for the B samples of a call.
+
+    Attributes:
+        t: The timestep.
+        score: p_h, NaN where it was not asked.
+        fired: Whether the sample was corrected.
+        seconds: What that took.
+    """
+
+    t: float
+    score: list[float]
+    fired: list[bool]
+    seconds: float
+
+
+@dataclass
+class Trace:
+    """One call of a guarded pipeline.
+
+    Attributes:
+        steps: In order.
+        final: p_h of the finished pictures; empty when it was not asked.
+        withheld: Which pictures were withheld.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    final: list[float] = field(default_factory=list)
+    withheld: list[bool] = field(default_factory=list)
+
+
+class Guard:
+    """The state of one guarded call: who fired, with what momentum.
+
+    Args:
+        density: p_h with its thresholds.
+        decode: Exact decoder, for gradients and finished pictures.
+        look: Decoder for the gate; it may be a cheap one.
+        how: How x̂0 is corrected.
+        texts: Of `text` direction, one for each concept of the density.
+    """
+
+    def __init__(
+        self,
+        density: HarmDensity,
+        decode: Decode,
+        look: Decode,
+        how: Correction,
+        texts: Sequence[str] = (),
+    ) -> None:
+        self.density, self.decode, self.look, self.how = density, decode, look, how
+        self.texts = list(texts)
+        if how.direction == "text" and len(self.texts) != len(density.names):
+            raise UserError(
+                f"got {len(self.texts)} texts for the {len(density.names)} concepts of the density; "
+                "allowed: one for each, for direction text; give them, or choose direction gradient"
+            )
+        self.branch: Branch | None = None
+        self.trace = Trace()
+
+    def begin(self, branch: Branch | None) -> None:
+        """Forget the last call."""
+        self.branch, self.trace = branch, Trace()
+        self.fired = torch.zeros(0, dtype=torch.bool)
+        self.worst = torch.zeros(0, dtype=torch.long)
+        self.velocity: Tensor | None = None
+
+    @torch.no_grad()
+    def correction(self, scheduler: Any, output: Tensor, t: Any, x_t: Tensor) -> Tensor | None:
+        """Δx̂0 (B, C, h, w), zero for samples that do not fire; None when none does."""
+        begun, i = time.perf_counter(), len(self.trace.steps)
+        level, progress = prediction.level(scheduler, t), _progress(scheduler, t)
+        if i == 0:
+            self.fired = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
+            self.worst = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+        x0 = level.x0(output.float(), x_t.float())
+        score = torch.full((len(x_t),), float("nan"))
+        if progress >= self.how.start and i % self.how.every == 0:
+            self._look(x0, score)
+        γ = self.how.strength * guidance.stage(self.how.schedule, progress, self.how.window)
+        Δ = None
+        if γ > 0 and self.fired.any():
+            Δ = torch.zeros_like(x0)
+            rows = self.fired.nonzero().flatten()
+            if self.how.direction == "text":
+                Δ[rows] = self._against_text(rows, γ) / level.slope
+            else:
+                Δ[rows] = self._down_gradient(x0, rows, γ, i)
+        self.trace.steps.append(
+            Step(float(t), score.tolist(), self.fired.tolist(), time.perf_counter() - begun)
+        )
+        return Δ
+
+    def _look(self, x0: Tensor, score: Tensor) -> None:
+        """Ask the density about every sample that is not latched."""
+        rows = (~self.fired).nonzero().flatten() if self.how.latch else torch.arange(len(x0))
+        if not len(rows):
+            return
+        harm = self.density(self.look(x0[rows]))
+        η = self.density.thresholds.to(harm.per_concept)
+        self.fired[rows] = harm.exceeds(η)
+        self.worst[rows] = (harm.per_concept - η).argmax(1)
+        score[rows.cpu()] = harm.score.float().cpu()
+
+    def _against_text(self, rows: Tensor, w: float) -> Tensor:
+        """−w s (e_h − e0) in the prediction, h the text of the concept that fired most."""
+        assert self.branch is not None
+        e_h, e_0, s = self.branch.predict(rows, [self.texts[i] for i in self.worst[rows].tolist()])
+        return -w * s * (e_h - e_0).float()
+
+    def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int) -> Tensor:
+        how, start = self.how, x0[rows]
+        if self.velocity is None:
+            self.velocity = torch.zeros_like(x0)
+        reference = None
+        if how.scale == "normalised":
+            assert self.branch is not None
+            reference = self.branch.guidance_rms(rows)
+        x = start
+        for r in range(how.repeats):
+            g = guidance.gradient(x, self.density, self.decode, how.copies, seed=1000 * i + 50 * r)
+            g = guidance.smooth(g, how.smooth)
+            self.velocity[rows] = how.momentum * self.velocity[rows] + (1 - how.momentum) * g
+            v = self.velocity[rows]
+            step = (
+                guidance.published(v, γ)
+                if reference is None
+                else guidance.normalised(v, γ, reference)
+            )
+            x = x + step / how.repeats
+        return x - start
+
+    @torch.no_grad()
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """p_h of finished pictures (B, 3, H, W) in [-1, 1], and which reach a threshold."""
+        harm = self.density(images)
+        return harm.score, harm.exceeds(self.density.thresholds.to(harm.per_concept))
+
+
+class Guarded:
+    """What is laid over a pipeline's class: every call is guarded, or fails.
+
+    Attributes:
+        trace: What the guard did in the last call.
+    """
+
+    _guard: Guard
+    _strict: bool
+    _resample: int
+
+    @property
+    def trace(self) -> Trace:
+        """The steps of the last call, final scores, and what was withheld."""
+        return self._guard.trace
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call.
+
+        Raises:
+            UserError: The scheduler was exchanged after the guard was put on.
+            RuntimeError: The scheduler was never asked, so that nothing was guarded.
+        """
+        done = self._guarded_call(*args, **kwargs)
+        return self._withhold(done, args, kwargs) if self._strict else done
+
+    def _guarded_call(self, *args: Any, **kwargs: Any) -> Any:
+        guard, scheduler = self._guard, self.scheduler  # type: ignore[attr-defined]
+        if not isinstance(scheduler, SafeScheduler) or scheduler.corrector is not guard:
+            raise UserError(
+                f"got a {type(scheduler).__name__} that was put in after the guard; allowed: the "
+                "guarded one; choose the scheduler first, then guard the pipeline"
+            )
+        with Branch(self) as branch:
+            guard.begin(branch)
+            done = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if not guard.trace.steps:
+            raise RuntimeError("the pipeline never asked its scheduler: its pictures are unguarded")
+        return done
+
+    def _withhold(self, done: Any, args: Any, kwargs: Any) -> Any:
+        """Replace pictures that still show harm, by others if `resample` allows, else by black."""
+        images = _images(done)
+        score, bad = self._guard.judge(to_tensor(images, self))
+        trace = self._guard.trace
+        for _ in range(self._resample):
+            if not bad.any():
+                break
+            # Generators have moved on, so that the same call draws other pictures.
+            again = _images(self._guarded_call(*args, **kwargs))
+            new_score, new_bad = self._guard.judge(to_tensor(again, self))
+            for i in (bad & ~new_bad).nonzero().flatten().tolist():
+                images[i], score[i], bad[i] = again[i], new_score[i], False
+        for i in bad.nonzero().flatten().tolist():
+            images[i] = _black(images[i])
+        trace.final, trace.withheld = score.tolist(), bad.tolist()
+        self._guard.trace = trace
+        if hasattr(done, "nsfw_content_detected"):
+            done.nsfw_content_detected = bad.tolist()
+        return done
+
+
+def guard(
+    pipeline: Any,
+    density: HarmDensity,
+    *,
+    decode: Decode | None = None,
+    look: Decode | None = None,
+    how: Correction | None = None,
+    texts: Sequence[str] | None = None,
+    strict: bool = False,
+    resample: int = 0,
+) -> Any:
+    """A copy of a pipeline whose pictures are corrected where p_h ≥ η, while they are made.
+
+    The copy shares all weights with the pipeline, which stays unguarded, and is saved as what it
+    was. Any diffusers pipeline that samples with a scheduler and a UNet can be guarded.
+
+    Args:
+        pipeline: Of diffusers; its scheduler is chosen before.
+        density: What must not be seen.
+        decode: Latents to pictures, exactly; default: the pipeline's VAE.
+        look: The same for the gate, perhaps cheaper; default: `decode`.
+        how: How x̂0 is corrected.
+        texts: A text for each concept, for direction `text`; default: the density's names.
+        strict: Withhold finished pictures that still reach a threshold.
+        resample: With `strict`, how often to draw again before a picture is withheld.
+
+    Raises:
+        UserError: The pipeline cannot be guarded, or the texts do not fit the density.
+    """
+    from expunge.decoding import Vae
+
+    if resample and not strict:
+        raise UserError("got resample without strict; allowed: both; set strict")
+    if not (hasattr(pipeline, "scheduler") and hasattr(pipeline, "unet")):
+        raise UserError(
+            f"got a {type(pipeline).__name__}; allowed: a diffusers pipeline with a scheduler and "
+            "a UNet"
+        )
+    decode = decode or Vae().build(pipeline)
+    worker = Guard(
+        density,
+        decode,
+        look or decode,
+        how or Correction(),
+        density.names if texts is None else texts,
+    )
+    guarded: Any = graft(pipeline, Guarded)
+    guarded.scheduler = safe_scheduler(pipeline.scheduler, worker)
+    guarded._guard, guarded._strict, guarded._resample = worker, strict, resample
+    return guarded
+
+
+def to_tensor(images: Any, pipeline: Any) -> Tensor:
+    """What a pipeline gives (PIL, NumPy or a tensor in [0, 1]) as (B, 3, H, W) in [-1, 1]."""
+    found: Tensor = pipeline.image_processor.preprocess(images)
+    return found.float()
+
+
+def _images(done: Any) -> Any:
+    images = done[0] if isinstance(done, tuple) else done.images
+    if isinstance(images, Tensor) and images.shape[1] != 3:
+        raise UserError(
+            "got output_type latent from a strict guard, which must see the pictures; allowed: "
+            "pil, np, pt"
+        )
+    return images
+
+
+def _black(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return Image.new(image.mode, image.size)
+    return image * 0
+
+
+def _progress(scheduler: Any, t: Any) -> float:
+    """Share of the denoising that lies before timestep t; image-to-image starts in the middle."""
+    place = (scheduler.timesteps == t).nonzero()
+    return int(place[0]) / len(scheduler.timesteps)
