@@ -14,6 +14,9 @@ VERBS = Registry(
     {
         "train": Entry("expunge.train.train_erase:main", "erase a concept from a model's weights"),
         "sample": Entry("expunge.sampling.command:main", "make pictures, with or without a LoRA"),
+        "calibrate": Entry(
+            "expunge.densities.command:main", "put a harm density on the scale of harmless pictures"
+        ),
         "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
@@ -27,6 +30,7 @@ TABLES = Registry(
     {
         "objectives": Entry("expunge.train.objectives:OBJECTIVES", "ways to erase, for training"),
         "latents": Entry("expunge.train:LATENTS", "where training finds its noisy latents"),
+        "densities": Entry("expunge.densities:DENSITIES", "ways to see a concept in a picture"),
         "samplers": Entry("expunge.sampling.samplers:SAMPLERS", "ways to sample"),
         "configs": Entry("expunge.configuration:shipped", "shipped configurations, for --config"),
         "suites": Entry("expunge.eval.suite:shipped", "evaluation suites, for --suite"),

@@ -1,21 +1,66 @@
-"""Tensors to pictures, and pictures to labelled sheets."""
+"""Tensors to pictures and back, and pictures to labelled sheets."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from expunge.errors import UserError
 
 GAP = 6
 LINE = 16
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+GRID = "grid.png"
 
 
 def to_pil(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) in [-1, 1] as 8-bit RGB."""
     array = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array.astype(np.uint8))
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """The pictures of a folder, by name; the sheet that `expunge sample` adds is none of them.
+
+    Raises:
+        UserError: No such folder, or no picture in it.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"got {folder}, which is no folder; allowed: a folder of pictures")
+    files = sorted(
+        file
+        for file in Path(folder).iterdir()
+        if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.name != GRID
+    )
+    if not files:
+        raise UserError(
+            f"got folder {folder}, which holds no picture; allowed: {', '.join(SUFFIXES)}"
+        )
+    return files
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A picture file as (3, H, W) in [-1, 1], upright, what is transparent in white.
+
+    Raises:
+        UserError: The file is missing or broken.
+    """
+    try:
+        with Image.open(path) as stored:
+            image = ImageOps.exif_transpose(stored).convert("RGBA")
+    # Pillow has an error of its own for every format that can be broken.
+    except Exception as error:
+        raise UserError(
+            f"got picture {path}, which cannot be read ({type(error).__name__}); allowed: a whole "
+            "picture file; replace or remove it"
+        ) from error
+    white = Image.new("RGBA", image.size, "white")
+    array = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def save_png(image: Image.Image, path: Path) -> None:

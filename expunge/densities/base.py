@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expunge.concepts import Concept
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Harm:
 
     def __post_init__(self) -> None:
         for values in (self.score, self.per_concept):
-            if not torch.isfinite(values).all():
+            if not values.isfinite().all():
                 raise FloatingPointError(
                     "the harm density is NaN or infinite: nothing can be said of these pictures"
                 )
@@ -68,6 +70,10 @@ class HarmDensity(ABC):
         self.thresholds = self.thresholds.to(device)
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, as plain JSON values: two that agree score alike."""
+        return {"class": type(self).__qualname__, "names": list(self.names)}
+
     def __call__(self, images: Tensor) -> Harm:
         """The harm of pictures (B, 3, H, W) in [-1, 1].
 
@@ -89,3 +95,23 @@ class HarmDensity(ABC):
     def fires(self, images: Tensor) -> Tensor:
         """1[p_h ≥ η] at the density's own thresholds, (B,)."""
         return self(images).exceeds(self.thresholds)
+
+
+@runtime_checkable
+class DensityConfig(Protocol):
+    """The settings of a density: a frozen dataclass, listed in the table.
+
+    Its module does not import torch by itself, so that mistakes in settings answer at once.
+    """
+
+    def build(self, concept: Concept | None = None, device: Any = "cpu") -> HarmDensity:
+        """The density itself.
+
+        Args:
+            concept: What it is to see, where the settings do not say it.
+            device: Where pictures will be.
+
+        Raises:
+            UserError: A file, a model or a target is missing, or the settings contradict them.
+        """
+        ...
