@@ -1,0 +1,235 @@
+"""The guard on tiny real pipelines, with densities whose answer is known."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+
+from expunge import backbones
+from expunge.densities.base import HarmDensity
+from expunge.errors import UserError
+from expunge.sampling.correction import Correction
+from expunge.sampling.guard import guard
+from expunge.sampling.safe_scheduler import SafeScheduler
+
+
+class Brightness(HarmDensity):
+    """p_h is how bright the picture is; differentiable and easily lowered."""
+
+    names = ("a bomb",)
+
+    def __init__(self, η: float):
+        self.thresholds = torch.tensor([η])
+
+    def per_concept(self, images):
+        return torch.sigmoid(4 * images.mean((1, 2, 3)))[:, None]
+
+
+GRADIENT = Correction(direction="gradient", strength=1.0)
+PROMPTS = ["a bomb", "a cat face", "a key"]
+
+
+def draw(pipeline, prompts=PROMPTS, seeds=(1, 2, 3), **more):
+    more = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"} | more
+    generators = [torch.Generator().manual_seed(s) for s in seeds[: len(prompts)]]
+    return pipeline(prompts, generator=generators, **more).images
+
+
+@pytest.fixture
+def pipeline(tiny_sd1):
+    return backbones.load_pipeline(tiny_sd1)
+
+
+def scores(images, density):
+    return density(images * 2 - 1).score
+
+
+def test_a_threshold_that_is_never_reached_changes_no_bit(pipeline) -> None:
+    guarded = guard(pipeline, Brightness(2.0), how=GRADIENT)
+    assert torch.equal(draw(guarded), draw(pipeline))
+    assert not any(any(step.fired) for step in guarded.trace.steps)
+    assert len(guarded.trace.steps) == 4
+
+
+@pytest.mark.parametrize("scale", ["normalised", "published"])
+def test_a_density_that_fires_is_lowered(pipeline, scale) -> None:
+    density = Brightness(0.0)
+    strength = {"normalised": 3.0, "published": 300.0}[scale]
+    how = Correction(direction="gradient", strength=strength, scale=scale)
+    before = scores(draw(pipeline), density)
+    after = scores(draw(guard(pipeline, density, how=how)), density)
+    assert (after < before - 0.02).all()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"copies": 3}, {"repeats": 3}, {"momentum": 0.5}, {"smooth": 1.0}, {"schedule": "cosine"},
+     {"schedule": "window"}, {"schedule": [1.0, 0.5]}, {"latch": False}, {"start": 0.5},
+     {"every": 2}],
+    ids=str,
+)  # fmt: skip
+def test_every_way_to_correct_lowers_it_too(pipeline, more) -> None:
+    density = Brightness(0.0)
+    before = scores(draw(pipeline), density)
+    how = Correction(direction="gradient", strength=1.0, **more)
+    assert (scores(draw(guard(pipeline, density, how=how)), density) < before).all()
+
+
+def test_only_the_sample_that_fires_is_changed(pipeline) -> None:
+    plain = draw(pipeline)
+    values = scores(plain, Brightness(0.0)).sort().values
+    # Between the brightest and the next, in the finished pictures and nearly so before.
+    density = Brightness(float(values[-2:].mean()))
+    guarded = guard(pipeline, density, how=GRADIENT)
+    mixed = draw(guarded)
+    fired = torch.tensor([step.fired for step in guarded.trace.steps]).any(0)
+    assert fired.any()
+    assert not fired.all()
+    changed = (mixed != plain).flatten(1).any(1)
+    assert torch.equal(changed, fired)
+    for i in (~fired).nonzero().flatten().tolist():
+        assert torch.equal(mixed[i], plain[i])
+
+
+def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline) -> None:
+    """e0 + s (ep − e0) − s (e_h − e0) = e0 where the prompt is the concept's text."""
+    how = Correction(direction="text", strength=1.0)
+    ddpm = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = ddpm
+    guarded = draw(guard(pipeline, Brightness(0.0), how=how), ["a bomb"])
+    empty = draw(pipeline, [""], guidance_scale=1.0)
+    assert torch.allclose(guarded, empty, atol=2e-5)
+
+
+def test_text_direction_without_guidance_subtracts_once(pipeline) -> None:
+    """e_p − (e_h − e0) = e0 where the prompt is the concept's text."""
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    guarded = guard(pipeline, Brightness(0.0), how=Correction(direction="text"))
+    found = draw(guarded, ["a bomb"], guidance_scale=1.0)
+    assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
+
+
+def test_the_pipeline_itself_stays_unguarded_and_saves_as_what_it_was(pipeline, tmp_path) -> None:
+    before = draw(pipeline)
+    guarded = guard(pipeline, Brightness(0.0), how=GRADIENT)
+    draw(guarded)
+    assert torch.equal(draw(pipeline), before)
+    assert not isinstance(pipeline.scheduler, SafeScheduler)
+    assert isinstance(guarded, diffusers.StableDiffusionPipeline)
+    guarded.save_pretrained(tmp_path)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is diffusers.DDIMScheduler
+    assert torch.equal(draw(again), before)
+
+
+def test_several_pictures_of_a_prompt(pipeline) -> None:
+    guarded = guard(pipeline, Brightness(0.0), how=Correction())
+    images = draw(guarded, ["a bomb"], seeds=(1,), num_images_per_prompt=1)
+    many = guarded(
+        ["a bomb", "a key"],
+        num_images_per_prompt=2,
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(i) for i in range(4)],
+        output_type="pt",
+    ).images
+    assert len(images) == 1
+    assert len(many) == 4
+    assert [len(step.fired) for step in guarded.trace.steps] == [4, 4]
+
+
+def test_half_precision_is_judged_in_full(pipeline) -> None:
+    class Spy(Brightness):
+        def per_concept(self, images):
+            assert images.dtype == torch.float32
+            return super().per_concept(images)
+
+    pipeline = pipeline.to(torch.bfloat16)
+    images = draw(guard(pipeline, Spy(0.0), how=GRADIENT))
+    assert torch.isfinite(images.float()).all()
+
+
+def test_nan_is_an_error_not_safe(pipeline) -> None:
+    class Broken(Brightness):
+        def per_concept(self, images):
+            return super().per_concept(images) * float("nan")
+
+    with pytest.raises(FloatingPointError, match="NaN"):
+        draw(guard(pipeline, Broken(0.5), how=GRADIENT))
+
+
+def test_a_scheduler_put_in_afterwards_is_refused(pipeline) -> None:
+    guarded = guard(pipeline, Brightness(0.5))
+    guarded.scheduler = copy.copy(pipeline.scheduler)
+    with pytest.raises(UserError, match="put in after the guard"):
+        draw(guarded)
+
+
+def test_a_pipeline_that_never_asks_its_scheduler_is_an_error(pipeline) -> None:
+    class Deaf(diffusers.StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return None
+
+    deaf = Deaf.from_pipe(pipeline) if hasattr(Deaf, "from_pipe") else Deaf(**pipeline.components)
+    with pytest.raises(RuntimeError, match="unguarded"):
+        guard(deaf, Brightness(0.5))("a bomb")
+
+
+def test_strict_withholds_what_is_still_there(pipeline) -> None:
+    idle = Correction(direction="gradient", strength=0.0)
+    values = scores(draw(pipeline), Brightness(0.0))
+    density = Brightness(float(values.sort().values[1:].mean()))
+    guarded = guard(pipeline, density, how=idle, strict=True)
+    images = draw(guarded)
+    bad = values >= density.thresholds
+    assert guarded.trace.withheld == bad.tolist()
+    assert (images[bad] == 0).all()
+    assert torch.equal(images[~bad], draw(pipeline)[~bad])
+
+
+def test_strict_draws_again_before_it_withholds(pipeline) -> None:
+    class Grudge(Brightness):
+        """Dislikes whatever it is shown first at the end, then nothing."""
+
+        def __init__(self):
+            super().__init__(0.5)
+            self.judged = 0
+
+        def per_concept(self, images):
+            return torch.full((len(images), 1), 1.0 if self.judged == 0 else 0.0)
+
+    density = Grudge()
+    guarded = guard(
+        pipeline, density, how=Correction(direction="gradient", strength=0.0),
+        strict=True, resample=2,
+    )  # fmt: skip
+    judge = guarded._guard.judge
+
+    def once(images):
+        found = judge(images)
+        density.judged += 1
+        return found
+
+    guarded._guard.judge = once
+    images = draw(guarded)
+    assert density.judged == 2
+    assert guarded.trace.withheld == [False] * 3
+    assert not (images == 0).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"strength": -1}, {"repeats": 0}, {"copies": 0}, {"momentum": 1.0}, {"start": 1.0}],
+    ids=str,
+)
+def test_impossible_corrections_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        Correction(**bad)
+
+
+def test_a_text_for_every_concept(pipeline) -> None:
+    with pytest.raises(UserError, match="texts"):
+        guard(pipeline, Brightness(0.5), texts=["a bomb", "a dagger"])
+    with pytest.raises(UserError, match="resample without strict"):
+        guard(pipeline, Brightness(0.5), resample=1)
