@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.results import MARKER, fresh_output_dir, sha256_file, write_json_atomic
 from expunge.sampling.samplers import SAMPLERS
+from expunge.sampling.samplers.plain import Plain
+from expunge.schema import encode
 
 RUN = "run.json"
 PLAIN = "plain"
@@ -30,7 +33,9 @@ class EvalConfig:
         metadata={"help": f"a LoRA's folder or file; {_REPEAT}", "repeat": True},
     )
     lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
-    sampler: str = field(default=PLAIN, metadata={"help": "see: expunge ls samplers"})
+    sampler: Annotated[Any, SAMPLERS] = field(
+        default_factory=Plain, metadata={"help": "how to sample; it is told the same concept"}
+    )
     concept: list[str] = field(
         default_factory=list,
         metadata={
@@ -80,7 +85,6 @@ def run(config: EvalConfig) -> dict[str, Any]:
     from expunge.eval.suite import load_suite
 
     started = time.monotonic()
-    wrap = SAMPLERS.load(config.sampler)
     suite = load_suite(config.suite)
     plan = suite.prompts.plan(_concept(config), config.limit)
     detector = suite.detector.open()
@@ -91,12 +95,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
     }
     _refuse_another(config, settings)
     # Loading the erased model first finds what is wrong with it before anything is written.
-    guarded = bool(config.lora) or config.sampler != PLAIN
+    guarded = bool(config.lora) or not _plain(config)
     label = "erased" if guarded else "model"
     outcomes = {}
     store = ImageStore(config.store or config.output_dir / "images")
     for name in [label, "base"] if guarded and config.base else [label]:
-        generator = _generator(config, suite, wrap, erased=name != "base")
+        generator = _generator(config, suite, erased=name != "base")
         if name == label:
             fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
         _claim(config.output_dir, settings, name, generator.identity())
@@ -141,7 +145,7 @@ def _evaluate(
     )
 
 
-def _generator(config: EvalConfig, suite: Any, wrap: Any, *, erased: bool) -> Any:
+def _generator(config: EvalConfig, suite: Any, *, erased: bool) -> Any:
     """The model under evaluation; the base is the same without LoRA and without sampler."""
     from expunge.backbones import device_of
     from expunge.eval.generators import PipelineGenerator
@@ -150,11 +154,19 @@ def _generator(config: EvalConfig, suite: Any, wrap: Any, *, erased: bool) -> An
     device = device_of(config.device)
     lora = config.lora if erased else []
     pipeline = load_model(config.model, lora, config.lora_scale, device=device)
+    sampler: str | dict[str, Any] = PLAIN
+    if erased and not _plain(config):
+        concept = Concept(targets=_concept(config))
+        pipeline = config.sampler.wrap(pipeline, concept)
+        sampler = _sampler(config) | {
+            "concept": asdict(concept),
+            "resolved": config.sampler.identity(concept),
+        }
     return PipelineGenerator(
-        wrap(pipeline) if erased else pipeline,
+        pipeline,
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
-        sampler=config.sampler if erased else PLAIN,
+        sampler=sampler,
         adapters=_adapters(config) if erased else [],
     )
 
@@ -189,12 +201,22 @@ def _adapters(config: EvalConfig) -> list[dict[str, Any]]:
     return [{"sha256": sha256_file(locate(x)), "scale": config.lora_scale} for x in config.lora]
 
 
+def _plain(config: EvalConfig) -> bool:
+    return isinstance(config.sampler, Plain)
+
+
+def _sampler(config: EvalConfig) -> dict[str, Any]:
+    """The sampler's name and all its settings."""
+    found: dict[str, Any] = encode(config.sampler, Annotated[Any, SAMPLERS])
+    return found
+
+
 def _settings(config: EvalConfig) -> dict[str, Any]:
     """What makes two evaluations the same, as far as it is known before a model is loaded."""
     return {
         "model": config.model,
         "adapters": _adapters(config),
-        "sampler": config.sampler,
+        "sampler": PLAIN if _plain(config) else _sampler(config),
         "base": config.base,
         "limit": config.limit,
         "device": config.device,
@@ -203,7 +225,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
 
 def _title(config: EvalConfig) -> str:
     names = [Path(lora).name or lora for lora in config.lora]
-    names += [config.sampler] if config.sampler != PLAIN else []
+    names += [] if _plain(config) else [_sampler(config)["type"]]
     return " + ".join([Path(config.model).name or config.model, *names])
 
 

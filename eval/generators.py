@@ -30,7 +30,7 @@ class PipelineGenerator:
         pipeline: A text-to-image pipeline, its adapters active.
         steps: Denoising steps.
         guidance_scale: Scale of classifier-free guidance.
-        sampler: The name of the sampler that wraps the pipeline.
+        sampler: The sampler that wraps the pipeline: its name, or all that determines it.
         adapters: What the pipeline's state does not tell of its adapters: file hashes, scales.
     """
 
@@ -40,7 +40,7 @@ class PipelineGenerator:
         *,
         steps: int,
         guidance_scale: float,
-        sampler: str = "plain",
+        sampler: str | Mapping[str, Any] = "plain",
         adapters: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._pipeline = pipeline
@@ -51,7 +51,7 @@ class PipelineGenerator:
             "pipeline": type(pipeline).__name__,
             "components": component_hashes(pipeline),
             "adapters": [dict(adapter) for adapter in adapters],
-            "sampler": sampler,
+            "sampler": sampler if isinstance(sampler, str) else dict(sampler),
             "steps": steps,
             "guidance_scale": guidance_scale,
             "height": height,

@@ -4,7 +4,8 @@ A section whose class is chosen by name is annotated with its table::
 
     objective: Annotated[Objective, OBJECTIVES] = field(default_factory=Esd)
 
-and written ``objective: {type: esd, negative_guidance: 1.0}``. The command line wins over the
+and written ``objective: {type: esd, negative_guidance: 1.0}``, or ``objective: esd`` where the
+defaults will do. The command line wins over the
 file, the file over the defaults. What is not understood is a `UserError`, never dropped.
 """
 
@@ -57,8 +58,8 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "expunge") -> T:
     source, values = _read_file(config) if config is not None else (None, {})
     overrides: dict[str, Any] = {}
     for path, text in options.items():
-        _put(overrides, path, text)
-    merged = _merge(values, overrides, (), source or "")
+        _put(cls, overrides, path, text)
+    merged = _merge(cls, values, overrides, (), source or "")
     return decode_section(cls, merged, (), Context(cls, source, frozenset(options)))  # type: ignore[no-any-return]
 
 
@@ -108,7 +109,7 @@ def _help_lines(cls: type, prefix: str, default: Any) -> list[str]:
         meaning = field.metadata.get("help", "")
         section = section_of(hint)
         if registry is not None:
-            lines.append(f"  --{prefix}{name}.{TYPE} NAME")
+            lines.append(f"  --{prefix}{name} NAME, --{prefix}{name}.KEY VALUE")
             lines += [f"      {meaning}"] if meaning else []
             lines += [f"      {row}: {entry.summary}" for row, entry in registry.items()]
             continue
@@ -204,42 +205,65 @@ def _read_shipped(name: str) -> str:
     raise unknown_name("configuration file", name, names, "or give the path of a YAML file")
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], text: Any) -> None:
+def _put(cls: type, tree: dict[str, Any], path: tuple[str, ...], text: Any) -> None:
     for depth, part in enumerate(path[:-1]):
-        inner = _as_section(tree.setdefault(part, {}))
+        outer = path[: depth + 1]
+        inner = _as_section(tree.setdefault(part, {}), _may_be_choice(cls, outer))
         if not isinstance(inner, dict):
-            outer = ".".join(path[: depth + 1])
+            dotted = ".".join(outer)
             raise UserError(
-                f"got both --{outer} {inner} and --{'.'.join(path)}; allowed: one of them; "
-                f"remove one, or write --{outer} as a section {{key: value}}"
+                f"got both --{dotted} {inner} and --{'.'.join(path)}; allowed: one of them; "
+                f"remove one, or write --{dotted} as a section {{key: value}}"
             )
         tree[part] = inner
         tree = inner
-    already = tree.get(path[-1])
-    section = _as_section(text)
-    if isinstance(already, dict) and isinstance(section, dict):
-        tree[path[-1]] = section | already
-    elif already is not None:
-        raise UserError(
-            f"got both --{'.'.join(path)} {text} and keys below it; allowed: one of them; "
-            "remove one"
-        )
-    else:
+    dotted, already = ".".join(path), tree.get(path[-1])
+    if already is None:
         tree[path[-1]] = text
+        return
+    if not isinstance(already, dict):
+        raise UserError(
+            f"got --{dotted} twice, {already} and {text}; allowed: once; remove one of them"
+        )
+    section = _as_section(text, _may_be_choice(cls, path))
+    if not isinstance(section, dict):
+        raise UserError(
+            f"got both --{dotted} {text} and keys below it; allowed: one of them; remove one"
+        )
+    if twice := [key for key in section if key in already]:
+        raise UserError(
+            f"got --{dotted}.{twice[0]} twice, {section[twice[0]]} and {already[twice[0]]}; "
+            "allowed: once; remove one of them"
+        )
+    tree[path[-1]] = section | already
 
 
-def _as_section(value: Any) -> Any:
-    if not isinstance(value, Text):
-        return value
-    try:
-        parsed = read_yaml(value)
-    except yaml.YAMLError:
-        return value
+def _may_be_choice(cls: type, path: tuple[str, ...]) -> bool:
+    """Whether a bare name may stand at ``path``; what a choice holds is known only once made."""
+    for end in range(1, len(path) + 1):
+        found = _field_at(cls, path[:end])
+        if found is None:
+            return False
+        if registry_of(found[0]) is not None:
+            return True
+    return False
+
+
+def _as_section(value: Any, choice: bool = False) -> Any:
+    """Command-line text as the section that it spells; of a choice, a bare name is one too."""
+    parsed = value
+    if isinstance(value, Text):
+        try:
+            parsed = read_yaml(value)
+        except yaml.YAMLError:
+            return value
+    if choice and isinstance(parsed, str):
+        return {TYPE: value}
     return parsed if isinstance(parsed, dict) else value
 
 
 def _merge(
-    file: dict[Any, Any], over: dict[str, Any], path: tuple[str, ...], source: str
+    cls: type, file: dict[Any, Any], over: dict[str, Any], path: tuple[str, ...], source: str
 ) -> dict[Any, Any]:
     """Lay the command line over the file; another `type` replaces its whole section."""
     if TYPE in file and TYPE in over and file[TYPE] != over[TYPE]:
@@ -253,10 +277,13 @@ def _merge(
         return dict(over)
     merged = dict(file)
     for key, value in over.items():
-        below = file.get(key)
-        inner = _as_section(value) if isinstance(below, dict) else value
+        below, inner, choice = file.get(key), value, _may_be_choice(cls, (*path, key))
+        if choice and isinstance(below, str) and isinstance(_as_section(value), dict):
+            below = {TYPE: below}
+        if isinstance(below, dict):
+            inner = _as_section(value, choice)
         if isinstance(below, dict) and isinstance(inner, dict):
-            merged[key] = _merge(below, inner, (*path, key), source)
+            merged[key] = _merge(cls, below, inner, (*path, key), source)
         else:
             merged[key] = value
     return merged

@@ -224,7 +224,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(a) for a in args)
     registry = registry_of(hint)
     if registry is not None:
-        return f"a section {{{TYPE}: NAME, …}} with NAME one of {', '.join(registry)}"
+        return f"NAME or a section {{{TYPE}: NAME, …}} with NAME one of {', '.join(registry)}"
     if origin is Annotated:
         return describe(args[0])
     if dataclasses.is_dataclass(hint):
@@ -289,7 +289,8 @@ def _decode_union(
         try:
             return decode(alternative, value, path, context, default)
         except UserError:
-            if len(alternatives) == 1 and isinstance(value, (Mapping, list)):
+            structured = isinstance(value, (Mapping, list)) or registry_of(alternative) is not None
+            if len(alternatives) == 1 and structured:
                 raise
     return _wrong(hint, value, path, context)
 
@@ -297,6 +298,8 @@ def _decode_union(
 def _decode_choice(
     registry: Registry, hint: Any, value: Any, path: tuple[str, ...], context: Context, default: Any
 ) -> Any:
+    if isinstance(value, str):
+        value = {TYPE: value}
     if not isinstance(value, Mapping):
         _wrong(hint, value, path, context)
     dotted = ".".join((*path, TYPE))

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.sampling.samplers import SAMPLERS
+from expunge.sampling.samplers.base import no_concept
+from expunge.schema import encode
 
 SAMPLES = "samples.json"
 
@@ -21,7 +24,13 @@ class SampleConfig:
         default_factory=list, metadata={"help": "LoRA folder or file", "repeat": True}
     )
     lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
-    sampler: str = field(default="plain", metadata={"help": "see: expunge ls samplers"})
+    sampler: Annotated[Any, SAMPLERS] = field(
+        default_factory=lambda: SAMPLERS.load("plain")(), metadata={"help": "how to sample"}
+    )
+    concept: list[str] = field(
+        default_factory=list,
+        metadata={"help": "what is to be gone, for the sampler; may be repeated", "repeat": True},
+    )
     seed: int = field(default=0, metadata={"help": "seed of a prompt's first picture"})
     images_per_prompt: int = field(default=4, metadata={"help": "seeds seed, seed + 1, …"})
     steps: int = field(default=25, metadata={"help": "denoising steps"})
@@ -38,12 +47,14 @@ class SampleConfig:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
         if not self.prompt:
             raise ValueError("got no prompt; say --prompt 'a cat face'")
+        if self.sampler.needs_concept and not self.concept:
+            raise no_concept(self.sampler)
 
 
 def main(argv: list[str]) -> None:
     """Sample, and write the pictures, `grid.png` and `samples.json`."""
     config = parse(SampleConfig, argv, "expunge sample")
-    wrap = SAMPLERS.load(config.sampler)
+    concept = Concept(targets=config.concept) if config.concept else None
     # torch is imported late so that --help and mistakes answer at once.
     import time
 
@@ -63,7 +74,8 @@ def main(argv: list[str]) -> None:
     guidance = config.guidance_scale
     if guidance is None:
         guidance = backbones.recommended_guidance(config.model)
-    pipeline = wrap(load_model(config.model, config.lora, config.lora_scale, device=device))
+    pipeline = load_model(config.model, config.lora, config.lora_scale, device=device)
+    pipeline = config.sampler.wrap(pipeline, concept)
     fresh_output_dir(folder, config.overwrite)
     rows, records = [], []
     jobs = [(p, config.seed + i) for p in config.prompt for i in range(config.images_per_prompt)]
@@ -95,7 +107,8 @@ def main(argv: list[str]) -> None:
             "model": config.model,
             "lora": config.lora,
             "lora_scale": config.lora_scale,
-            "sampler": config.sampler,
+            "sampler": encode(config.sampler, Annotated[Any, SAMPLERS]),
+            "concept": config.concept,
             "steps": config.steps,
             "guidance_scale": guidance,
             "images": records,

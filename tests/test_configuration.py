@@ -34,6 +34,18 @@ METHODS = Registry(
 
 
 @dataclass(frozen=True)
+class Nested:
+    inner: Annotated[Any, METHODS] = field(default_factory=Esd)
+
+
+@dataclass(frozen=True)
+class Outer:
+    outer: Annotated[
+        Any, Registry("outer method", {"nested": Entry(f"{__name__}:Nested", "holds another")})
+    ]
+
+
+@dataclass(frozen=True)
 class Lora:
     rank: int = 4
     alpha: float | None = None
@@ -199,7 +211,14 @@ def test_a_repeated_option_is_a_list_of_its_values_as_typed(tmp_path: Path) -> N
         (["--seed", "always"], ["an integer or random"]),
         (["--objective.variant", "y"], ["got 'y'", "x or x-strict or u"]),
         (["--objective.type", "ESDx"], ["unknown method 'ESDx'", "esd, sdd", "did you mean esd"]),
-        (["--objective", "sdd"], ["a section {type: NAME"]),
+        (["--objective", "sdx"], ["unknown method 'sdx'", "esd, sdd", "did you mean sdd"]),
+        (["--objective", "3"], ["got 3 for objective", "NAME or a section {type: NAME"]),
+        (["--other", "sdx"], ["unknown method 'sdx'", "did you mean sdd"]),
+        (["--objective", "sdd", "--objective.type", "esd"], ["--objective.type twice", "sdd"]),
+        (["--objective.type", "esd", "--objective", "sdd"], ["--objective.type twice", "sdd"]),
+        (["--objective", "{type: sdd}", "--objective.type", "esd"], ["--objective.type twice"]),
+        (["--objective", "sdd", "--objective.variant", "u"], ["unknown key objective.variant"]),
+        (["--concept.targets", "[a]", "--concept.targets.x", "3"], ["both --concept.targets"]),
         (["--other", "{ema_decay: 1}"], ["got no other.type", "esd, sdd"]),
         (["--lora", "3"], ["a section with the keys rank"]),
         (["--lora", "{rank: 1}", "--lora", "{rank: 2}"], ["--lora twice"]),
@@ -286,6 +305,57 @@ def test_another_type_replaces_the_section_and_says_so(
     config = read("--objective.type", "esd", text=text, tmp_path=tmp_path)
     assert config.objective == Esd(9.0, "u")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--objective.type", "sdd", "--objective.ema_decay", "0.5"],
+        ["--objective", "sdd", "--objective.ema_decay", "0.5"],
+        ["--objective.ema_decay", "0.5", "--objective", "sdd"],
+        ["--objective=sdd", "--objective.ema_decay=0.5"],
+        ["--objective", "{type: sdd, ema_decay: 0.5}"],
+        ["--objective", "{type: sdd}", "--objective.ema_decay", "0.5"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("section", ["", "esd", "sdd", "{type: sdd, ema_decay: 0.1}"])
+def test_a_choice_is_spelled_in_one_word_or_in_several(
+    tmp_path: Path, argv: list[str], section: str
+) -> None:
+    text = "concept: {name: a}\n" + (f"objective: {section}\n" if section else "")
+    assert read(*argv, text=text, tmp_path=tmp_path).objective == Sdd(ema_decay=0.5)
+
+
+def test_a_bare_name_is_a_choice_with_its_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named("--objective", "sdd").objective == Sdd()
+    assert named("--other", "sdd").other == Sdd()
+    assert named("--other", "null").other is None
+    # The default's own class keeps the values that the field gives it, as with objective.type.
+    assert named("--objective", "esd").objective == Esd(variant="u")
+    text = "concept: {name: a}\nobjective: sdd\nother: esd"
+    config = read(text=text, tmp_path=tmp_path)
+    assert (config.objective, config.other) == (Sdd(), Esd())
+    config = read("--objective.ema_decay", "0.5", text=text, tmp_path=tmp_path)
+    assert config.objective == Sdd(ema_decay=0.5)
+    assert capsys.readouterr().err == ""
+    text = "concept: {name: a}\nobjective: {type: sdd, ema_decay: 0.1}"
+    assert read("--objective", "sdd", text=text, tmp_path=tmp_path).objective.ema_decay == 0.1
+    assert read("--objective", "esd", text=text, tmp_path=tmp_path).objective == Esd(variant="u")
+    assert "replaces the section" in capsys.readouterr().err
+
+
+def test_a_choice_inside_a_choice_is_spelled_in_the_same_ways() -> None:
+    expected = Nested(Sdd(ema_decay=0.5))
+    for argv in (
+        ["--outer", "nested", "--outer.inner", "sdd", "--outer.inner.ema_decay", "0.5"],
+        ["--outer.inner.ema_decay", "0.5", "--outer.inner", "sdd", "--outer", "nested"],
+        ["--outer", "{type: nested, inner: {type: sdd, ema_decay: 0.5}}"],
+        ["--outer", "{type: nested, inner: sdd}", "--outer.inner.ema_decay", "0.5"],
+    ):
+        assert parse(Outer, argv).outer == expected, argv
 
 
 @pytest.mark.parametrize(
