@@ -37,6 +37,19 @@ _BROKEN = (
 )
 
 
+class VisionTower(nn.Module):
+    """A vision tower of transformers that answers to open_clip's name."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Features (B, D) of normalised pictures (B, 3, H, W)."""
+        features: Tensor = self.tower(pixel_values=x).image_embeds
+        return features
+
+
 class Clip:
     """Pictures and texts as unit vectors in one space. Its weights never learn.
 
@@ -166,7 +179,9 @@ def load_clip(name: str, device: Any = "cpu", thesis_compat: bool = False) -> Cl
     if Path(name).is_dir():
         folder = Path(name)
         if not (folder / _CONFIG).is_file():
-            raise UserError(f"got CLIP folder {name}, which holds no {_CONFIG}; allowed: {_ALLOWED}")
+            raise UserError(
+                f"got CLIP folder {name}, which holds no {_CONFIG}; allowed: {_ALLOWED}"
+            )
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"got CLIP folder {name} without weights; allowed: open_clip_model.safetensors in "

@@ -57,7 +57,7 @@ class ClipText:
         if not texts:
             raise UserError(
                 "got no targets for clip_text; allowed: one text or more; say what is to be seen, "
-                "for example targets: [\"a bomb\"]"
+                'for example targets: ["a bomb"]'
             )
         check_top_k(self.top_k, texts)
         η = spread_threshold(self.threshold, texts, device)

@@ -23,6 +23,10 @@ FILE = "sd_filter.safetensors"
 # What the checker adds to every score once a special-care concept is seen.
 SPECIAL_CARE = 0.01
 _KEYS = ("concept_embeds", "concept_embeds_weights")
+_TOWER = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps",
+)  # fmt: skip
 _SPECIAL_KEYS = ("special_care_embeds", "special_care_embeds_weights")
 
 
@@ -120,7 +124,7 @@ class Filter(Cosine):
         super().__init__([(clip, vectors)], names, torch.zeros_like(self.weights), top_k)
 
     def per_concept(self, images: Tensor) -> Tensor:
-        """cos − w + a, (B, M)."""
+        """Cos − w + a, (B, M)."""
         cosines = self.cosines(images)
         m = len(self.weights)
         special = cosines[:, m:].detach() > self.special_weights
@@ -202,14 +206,17 @@ def _numbered(m: int) -> list[str]:
 
 def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip, list[str]]:
     """The concepts of a checker's folder and its own eye, strictly: no weight may be missing."""
-    from torch import nn
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    from expunge.clip import Clip
+    from expunge.clip import Clip, VisionTower
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        vision = dict(config["vision_config"]) | {"projection_dim": config["projection_dim"]}
+        own = config["vision_config"]
+        # Old files carry dozens of settings of generation and training as well.
+        vision = {key: own[key] for key in _TOWER if key in own}
+        vision["projection_dim"] = config["projection_dim"]
         tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -229,24 +236,13 @@ def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip, l
     try:
         tower.load_state_dict(state)
     except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"got safety checker {folder}, whose weights do not fit ({' '.join(str(error).split())[:200]}); "
-            "allowed: a whole one"
+            f"got safety checker {folder}, whose weights do not fit ({said}); allowed: a whole one"
         ) from error
 
-    class Eye(nn.Module):
-        """A vision tower that answers to open_clip's name."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.tower = tower
-
-        def encode_image(self, x: Tensor) -> Tensor:
-            features: Tensor = self.tower(pixel_values=x).image_embeds
-            return features
-
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
     side = vision.get("image_size", 224)
-    eye = Clip(str(folder), Eye(), None, (side, side), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    eye = Clip(
+        str(folder), VisionTower(tower), None, (side, side), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    )
     return concepts, eye.to(device), _numbered(len(concepts[_KEYS[1]]))
