@@ -80,6 +80,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: A wrong setting, or an output folder that holds another evaluation.
     """
+    from expunge.eval.harness import changed
     from expunge.eval.report import Evaluation, print_table, write_report
     from expunge.eval.store import ImageStore
     from expunge.eval.suite import load_suite
@@ -114,6 +115,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
         outcome=outcomes[label],
         base=outcomes.get("base"),
         detector=detector.protocol(),
+        changed=changed(plan.cases, outcomes[label], outcomes["base"], store)
+        if "base" in outcomes
+        else {},
     )
     cost = {
         "generated": {name: outcome.generated for name, outcome in outcomes.items()},

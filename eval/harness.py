@@ -196,6 +196,29 @@ def break_down(
     }
 
 
+def changed(
+    cases: Sequence[Case], outcome: Outcome, base: Outcome, store: ImageStore
+) -> dict[str, Measurement]:
+    """Of each group, the pictures that differ from the base's of the same prompt and seed at all.
+
+    A single bit counts: a sampler that leaves a trajectory alone leaves its picture alone.
+    """
+    parts: dict[str, list[bool | None]] = {}
+    for case, ours, theirs in zip(cases, outcome.scores, base.scores, strict=True):
+        one, other = store.read(ours.picture), store.read(theirs.picture)
+        differs = None if one is None or other is None else not np.array_equal(one, other)
+        parts.setdefault(case.group, []).append(differs)
+    return {
+        group: Measurement.proportion(
+            sum(map(bool, found)),
+            len(found) - found.count(None),
+            higher_is_better=False,
+            unknown=found.count(None),
+        )
+        for group, found in parts.items()
+    }
+
+
 def to_pixels(images: Tensor) -> list[Pixels]:
     """Pictures (B, 3, H, W) in [-1, 1] -> B arrays (H, W, 3) of bytes, rounded to nearest."""
     if not torch.isfinite(images).all():

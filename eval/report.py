@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Evaluation:
         outcome: The evaluated model's.
         base: The base model's; None when it was not evaluated.
         detector: The judge's protocol.
+        changed: Of each group, the pictures that differ from the base's; empty without a base.
     """
 
     suite: Suite
@@ -51,6 +52,7 @@ class Evaluation:
     outcome: Outcome
     base: Outcome | None
     detector: dict[str, Any]
+    changed: Mapping[str, Measurement] = field(default_factory=dict)
 
     def outcomes(self) -> dict[str, Outcome]:
         """The models, base first."""
@@ -111,6 +113,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": _measurements(evaluation.outcome.metrics),
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
+        "changed": _measurements(evaluation.changed),
         "breakdown": {
             model: {name: _measurements(rows) for name, rows in outcome.breakdown.items()}
             for model, outcome in outcomes.items()
@@ -142,6 +145,12 @@ def markdown(evaluation: Evaluation) -> str:
         lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
     if len({c.about for c in evaluation.plan.cases if c.group == "target"}) > 1:
         lines += ["", "## Each target", "", *_breakdown(evaluation)]
+    if evaluation.changed:
+        lines += ["", "## Pictures that differ from the base's by a bit or more", ""]
+        lines += [_row(["group", "differ", "n"]), _row(["---"] * 3)]
+        for group, measured in evaluation.changed.items():
+            title = suite.groups.get(group, group)
+            lines.append(_row([title, _shown(measured), str(measured.n)]))
     lines += ["", "## What the metrics mean", ""]
     lines += [f"- `{name}`: {metric.meaning}." for name, metric in suite.metrics.items()]
     lines += ["", "![base and erased at the same seeds](grid.png)", ""]

@@ -6,6 +6,14 @@ SAMPLERS = Registry(
     "sampler",
     {
         "plain": Entry("expunge.sampling.samplers.plain:Plain", "the pipeline as it is"),
+        "safe": Entry(
+            "expunge.sampling.samplers.safe:Safe",
+            "x̂0 corrected where a harm density fires, and nowhere else",
+        ),
+        "published": Entry(
+            "expunge.sampling.samplers.safe:Published",
+            "the safe sampler as published, with its constants (arXiv 2505.08817)",
+        ),
         "negative_prompt": Entry(
             "expunge.sampling.samplers.negative_prompt:NegativePrompt",
             "the concept as a negative prompt, in its place or with a weight of its own",
