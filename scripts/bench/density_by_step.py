@@ -40,7 +40,9 @@ class Config:
     output_dir: str
     pictures: int = 64
     steps: int = 25
-    density: Annotated[Any, DENSITIES] = field(default_factory=lambda: DENSITIES.load("clip_text")())
+    density: Annotated[Any, DENSITIES] = field(
+        default_factory=lambda: DENSITIES.load("clip_text")()
+    )
     decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("vae")())
     threads: int = 1
 
@@ -95,7 +97,9 @@ def draw(rows: list[dict], score: torch.Tensor, there: torch.Tensor, file: Path)
     x = [row["step"] for row in rows]
     for mask, colour, label in ((there, "#cf222e", "shows it"), (~there, "#2da44e", "does not")):
         part = score[:, mask]
-        left.fill_between(x, part.quantile(0.1, dim=1), part.quantile(0.9, dim=1), alpha=0.25, color=colour)
+        left.fill_between(
+            x, part.quantile(0.1, dim=1), part.quantile(0.9, dim=1), alpha=0.25, color=colour
+        )
         left.plot(x, part.median(dim=1).values, color=colour, label=label)
     left.set(xlabel="denoising step", ylabel="p_h(x̂0), median and 10–90 %")
     left.legend(frameon=False)

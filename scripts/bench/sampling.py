@@ -37,7 +37,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipeline, concept = load_pipeline("emoji"), Concept(targets=["a bomb"])
     samplers = {
-        name: SAMPLERS.load(name)().wrap(pipeline, concept) for name in ("plain", "safe", "published")
+        name: SAMPLERS.load(name)().wrap(pipeline, concept)
+        for name in ("plain", "safe", "published")
     }
 
     def seconds(name: str, prompts: list[str]) -> float:
@@ -60,7 +61,9 @@ def main() -> None:
         ratios["published"].append(seconds("published", FIRING) / plain)
     trace = samplers["safe"].trace
     for name, values in ratios.items():
-        print(f"{name:10} {statistics.median(values):.3f}  ({min(values):.3f} to {max(values):.3f})")
+        print(
+            f"{name:10} {statistics.median(values):.3f}  ({min(values):.3f} to {max(values):.3f})"
+        )
     result = {f"{name}_ratio": round(statistics.median(v), 3) for name, v in ratios.items()}
     looks = sum(not all(map(_nan, step.score)) for step in trace.steps)
     result |= {"rounds": args.rounds, "pictures": args.pictures, "steps": STEPS, "looks": looks}
