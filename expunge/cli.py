@@ -17,6 +17,9 @@ VERBS = Registry(
         "calibrate": Entry(
             "expunge.densities.command:main", "put a harm density on the scale of harmless pictures"
         ),
+        "distill-decoder": Entry(
+            "expunge.decoding.command:main", "make a cheap decoder of x̂0 for harm densities"
+        ),
         "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
@@ -31,6 +34,9 @@ TABLES = Registry(
         "objectives": Entry("expunge.train.objectives:OBJECTIVES", "ways to erase, for training"),
         "latents": Entry("expunge.train:LATENTS", "where training finds its noisy latents"),
         "densities": Entry("expunge.densities:DENSITIES", "ways to see a concept in a picture"),
+        "decoders": Entry(
+            "expunge.decoding:DECODERS", "ways from latents to pictures, for densities"
+        ),
         "samplers": Entry("expunge.sampling.samplers:SAMPLERS", "ways to sample"),
         "configs": Entry("expunge.configuration:shipped", "shipped configurations, for --config"),
         "suites": Entry("expunge.eval.suite:shipped", "evaluation suites, for --suite"),
