@@ -176,7 +176,7 @@ def load_clip(name: str, device: Any = "cpu", thesis_compat: bool = False) -> Cl
                 "install expunge again, or name another"
             )
         return _load(name, f"local-dir:{folder}", None, device, thesis_compat)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         folder = Path(name)
         if not (folder / _CONFIG).is_file():
             raise UserError(

@@ -154,7 +154,7 @@ def percentile(scores: Tensor, reference: Tensor, width: Tensor) -> Tensor:
 
 
 def bandwidth(reference: Tensor, n: int) -> Tensor:
-    """H of sorted scores (M, n'): Silverman's rule for this kernel, h = 0.9 σ̂ n^(−1/5) / √(16/3).
+    """Silverman's rule for this kernel, h = 0.9 σ̂ n^(−1/5) / √(16/3), of sorted scores (M, n').
 
     σ̂ is the smaller of the standard deviation and the interquartile range / 1.34, so that a few
     outliers do not blur all the others.

@@ -26,7 +26,7 @@ class ClipText:
     The thesis's density (arXiv 2505.08817), which has K = 1, η = 0.23 and OpenAI's ViT-B/16.
 
     Attributes:
-        clip: `emoji`, a folder, `hf-hub:owner/name`, or `ARCHITECTURE/tag` of open_clip; of several,
+        clip: `emoji`, a folder, `hf-hub:owner/name`, or `ARCHITECTURE/tag` of open_clip. Of several
             the cosines are averaged, which leaves less room for adversarial gradients.
         targets: The texts; none takes the targets of the concept.
         threshold: η, in cosine: one for all texts, or one for each.

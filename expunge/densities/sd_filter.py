@@ -124,7 +124,7 @@ class Filter(Cosine):
         super().__init__([(clip, vectors)], names, torch.zeros_like(self.weights), top_k)
 
     def per_concept(self, images: Tensor) -> Tensor:
-        """Cos − w + a, (B, M)."""
+        """The cosine less the threshold, adjusted, (B, M)."""
         cosines = self.cosines(images)
         m = len(self.weights)
         special = cosines[:, m:].detach() > self.special_weights
