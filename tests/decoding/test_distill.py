@@ -70,6 +70,20 @@ def test_predictions_are_the_samplers_own(model, request) -> None:
     torch.testing.assert_close(alone[:, 0], got[[0, 3], 1], atol=1e-3, rtol=1e-3)
 
 
+def test_any_pipeline_will_do(tiny_sdxl) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl).to(torch.float16)
+    pipeline.set_progress_bar_config(disable=True)
+    own = pipeline.scheduler
+    how = {"steps": 2, "guidance_scale": 3.0, "stages": 2}
+    got = predicted_x0(pipeline, ["a key", "a bus"], [0, 1], **how)
+    assert got.dtype == torch.float32
+    assert pipeline.scheduler is own
+    pairs = decode_pairs(Vae().build(pipeline), got.flatten(0, 1), 1, "cpu")
+    assert torch.isfinite(pairs.pictures).all()
+
+
 def test_predictions_that_are_nan_are_an_error_and_the_scheduler_comes_back(pipeline) -> None:
     own = pipeline.scheduler
     kwargs = {"steps": 2, "guidance_scale": 1.0, "stages": 1}
@@ -232,6 +246,14 @@ class TestCommand:
         assert found["vae"]["gradient_cosine"]["value"] == 1
         assert found["clip"]["rank_correlation"]["n"] == 6
         assert "clip: rank correlation" in capsys.readouterr().out
+
+    def test_takes_any_listed_density(self, distil, tmp_path, tiny_clip) -> None:
+        density = ["--density.type", "clip_text", "--density.clip", tiny_clip]
+        folder = distil(tmp_path / "out", *density, "--density.targets", "[a key]")
+        found = json.loads((folder / "distill_result.json").read_text())["agreement"]
+        assert found["vae"]["rank_correlation"]["value"] == 1
+        for stage in found["linear"]["stages"]:
+            assert stage["gradient_cosine"]["n"] == 3
 
     def test_what_is_there_is_not_written_over(self, distil, tmp_path, tiny_sd1) -> None:
         folder = distil(tmp_path / "out")
