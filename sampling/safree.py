@@ -92,7 +92,8 @@ def filtered_steps(
         return 0
     cos = torch.cosine_similarity(before[triggers].float(), after[triggers].float(), dim=1)
     β = 1 - cos.mean().item()
-    return round(up_to / (1 + math.exp(-2 * sharpness * (10 * β - offset))))
+    # tanh, as the exponential of a logistic function overflows.
+    return round(up_to * (1 + math.tanh(sharpness * (10 * β - offset))) / 2)
 
 
 @torch.no_grad()
