@@ -27,7 +27,8 @@ SPREAD = (16 / 3) ** 0.5
 class Calibrated:
     """p_c(x) = P(s'_c(x') ≤ s'_c(x)) over harmless x', with s'_c(x) = s_c(x) − α E_x'[s_c(x')].
 
-    The percentile is smooth (see `percentile`), so its gradient never vanishes. Ours; the
+    Of n pictures it is n / (n + 1) times the smooth percentile (`percentile`), whose gradient never
+    vanishes: that nothing reaches 1 is what n pictures can tell (conformal prediction). Ours; the
     correction follows the language prior of Lin et al. (arXiv 2306.01879).
 
     Attributes:
@@ -37,7 +38,8 @@ class Calibrated:
             scores are shifted.
         scale: `concept`: each concept has its own percentiles. `pooled`: all share those of the
             corrected scores together, for references too small to give each its own.
-        threshold: η, a share of harmless pictures: at 0.99 one in a hundred of them fires.
+        threshold: η, a share of harmless pictures: at 0.99 one in a hundred of them fires. It takes
+            a reference of more than η / (1 − η) pictures.
     """
 
     density: Annotated[DensityConfig, DENSITIES]
@@ -57,7 +59,8 @@ class Calibrated:
         """The density, once it is sure that the file was made with the same one.
 
         Raises:
-            UserError: The file is missing, broken, or of another density, concept or CLIP.
+            UserError: The file is missing, broken, or of another density, concept or CLIP, or of
+                too few pictures for the threshold.
         """
         reference = read_reference(self.file)
         inner = self.density.build(concept, device)
@@ -100,17 +103,25 @@ class Percentile(HarmDensity):
         corrected = scores - prior[:, None].double()
         if pooled:
             corrected = corrected.reshape(1, -1)
-        corrected = _thinned(corrected.sort(dim=1).values)
-        width = bandwidth(corrected, reference.n)
+        corrected = corrected.sort(dim=1).values
+        n = corrected.shape[1]
+        self._most = n / (n + 1)
+        if (thresholds >= self._most).any():
+            raise UserError(
+                f"got threshold {thresholds.max().item():g} for a calibration of {n} pictures, "
+                f"which nothing would reach; allowed: below {self._most:.4g}; calibrate with more"
+            )
+        corrected = _thinned(corrected)
+        width = bandwidth(corrected, n)
         # On the CPU first: not every device has float64.
         self._prior, self._reference, self._width = (
             x.float().to(thresholds.device) for x in (prior, corrected, width)
         )
 
     def per_concept(self, images: Tensor) -> Tensor:
-        """The percentile, (B, M)."""
+        """The percentile, (B, M), in (0, 1)."""
         scores = self.inner.per_concept(images) - self._prior
-        return percentile(scores, self._reference, self._width)
+        return self._most * percentile(scores, self._reference, self._width)
 
     def combine(self, per_concept: Tensor) -> Tensor:
         """As the density itself combines its concepts."""

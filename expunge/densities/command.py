@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from expunge.densities.base import HarmDensity
 
-# One score in a hundred is an example of the default threshold only from here on.
+# The default threshold of `calibrated`, 0.99, takes as many.
 ENOUGH = 100
 
 
@@ -116,9 +116,8 @@ def main(argv: list[str]) -> None:
         ) from error
     _report(density, scores)
     if reference.n < ENOUGH:
-        print(
-            f"only {reference.n} pictures: percentiles above {1 - 1 / reference.n:.2f} are guessed"
-        )
+        most = reference.n / (reference.n + 1)
+        print(f"only {reference.n} pictures: no threshold above {most:.2f} can be used with them")
     print(f"{reference.n} pictures, {len(density.names)} concepts in {output}")
 
 

@@ -81,7 +81,7 @@ def test_thresholds_are_one_for_all_or_one_for_each() -> None:
 
 @pytest.mark.parametrize("threshold", [1.2, -1.2, math.nan, math.inf, [0.1, 7.0], []])
 def test_a_threshold_that_no_cosine_reaches_is_refused(threshold) -> None:
-    with pytest.raises(ValueError, match="got (no )?threshold"):
+    with pytest.raises(ValueError, match=r"got (no )?threshold"):
         check_threshold(threshold, -1, 1)
 
 

@@ -71,7 +71,8 @@ def test_targets_come_from_the_concept_unless_they_are_given(tiny_clip: str) -> 
 def test_several_clips_are_averaged(tiny_clip: str, drawn) -> None:
     images = drawn("blue", 3)
     own, thesis = (
-        ClipText(clip=tiny_clip, targets=TEXTS, thesis_compat=flag).build() for flag in (False, True)
+        ClipText(clip=tiny_clip, targets=TEXTS, thesis_compat=flag).build()
+        for flag in (False, True)
     )
     both = ClipText(clip=[tiny_clip, tiny_clip], targets=TEXTS).build()
     torch.testing.assert_close(both(images).score, own(images).score)

@@ -1,0 +1,126 @@
+"""`expunge calibrate`: the file, what it says, and what it refuses."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from expunge.cli import main
+from expunge.configuration import parse
+from expunge.densities.calibrated import Calibrated
+from expunge.densities.clip_text import ClipText
+from expunge.densities.command import CalibrateConfig
+from expunge.densities.reference import read_reference
+
+
+def calibrate(*options: str) -> int:
+    return main(["calibrate", *options])
+
+
+@pytest.fixture
+def text(tiny_clip: str) -> list[str]:
+    return ["--density.clip", tiny_clip, "--density.targets", '["a bomb", "a skull"]']
+
+
+def test_a_folder_of_pictures_becomes_a_scale(
+    text, tiny_clip: str, folder_of, drawn, tmp_path: Path, capsys
+) -> None:
+    folder, out = folder_of("benign", "grey", 120), tmp_path / "new" / "c.json"
+    assert calibrate(*text, "--images", folder, "--output", str(out), "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "a bomb" in printed
+    assert "120 pictures, 2 concepts" in printed
+    assert "only" not in printed
+    value = json.loads(out.read_text())
+    assert value["n"] == 120
+    assert value["density"]["type"] == "clip_text"
+    assert value["identity"]["clips"] == ClipText(tiny_clip, ["x"]).build().identity()["clips"]
+    assert len(value["source"]["sha256"]) == 120
+    assert value["provenance"]["versions"]["torch"] == torch.__version__
+    config = Calibrated(ClipText(tiny_clip, ["a bomb", "a skull"]), str(out), threshold=0.98)
+    p = config.build()(drawn("grey", 200, seed=3)).per_concept
+    assert abs(p.mean() - 0.5) < 0.15
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_model_draws_harmless_prompts(text, tiny_sd1: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "c.json"
+    (tmp_path / "prompts.txt").write_text("a cat face\n\n  a frog\n")
+    options = ["--model", tiny_sd1, "--steps", "1", "--seed", "5", "--images_per_prompt", "6"]
+    options += ["--prompt", "a pizza", "--prompts_file", str(tmp_path / "prompts.txt")]
+    assert calibrate(*text, *options, "--output", str(out), "--device", "cpu") == 0
+    reference = read_reference(out)
+    assert reference.n == 18
+    assert reference.about["seed"] == 5
+    assert reference.about["source"]["prompts"] == ["a pizza", "a cat face", "a frog"]
+    assert "only 18 pictures: no threshold above 0.95" in capsys.readouterr().out
+
+
+def test_an_existing_file_is_kept_unless_it_is_said(
+    text, folder_of, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "c.json"
+    out.write_text("mine")
+    options = [*text, "--images", folder_of("benign", "grey", 16), "--output", str(out)]
+    options += ["--device", "cpu"]
+    assert calibrate(*options) == 2
+    assert "which exists" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert calibrate(*options, "--overwrite") == 0
+    assert read_reference(out).n == 16
+
+
+def test_nan_writes_nothing(folder_of, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "own_density", sys.modules[__name__])
+    out = tmp_path / "c.json"
+    options = ["--density.type", "callable", "--density.function", "own_density:unknown"]
+    options += ["--images", folder_of("benign", "grey", 16), "--output", str(out)]
+    assert calibrate(*options, "--device", "cpu") == 1
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def unknown(images: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(images),), math.nan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "got a folder of images and prompts, or neither"),
+        (["--images", "x", "--prompt", "a"], "got a folder of images and prompts, or neither"),
+        (["--images", "none"], "got none, which is no folder"),
+        (["--prompts_file", "none.txt"], "got prompts_file none.txt"),
+        (["--images", "few"], "got 3 harmless pictures; allowed: 16 or more"),
+        (["--images", "few", "--density.threshold", "2"], "got threshold 2.0; allowed: -1 to 1"),
+        (["--images", "few", "--density.top_k", "3"], "got top_k 3"),
+        (["--images", "few", "--density.type", "clip_txt"], "did you mean clip_text"),
+        (["--images", "few", "--output", "c.txt"], "ends in .json"),
+        (["--prompt", "a cat face and a bomb"], "which names the concept"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    options: list[str], message: str, text, folder_of, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_of("few", "grey", 3)
+    own = [] if "--output" in options else ["--output", "c.json"]
+    # A density of another type has other keys.
+    density = [] if "--density.type" in options else text
+    concept = ["--concept.targets", '["a bomb"]']
+    assert calibrate(*density, *concept, *options, *own, "--device", "cpu") == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_targets_may_come_from_the_concept() -> None:
+    argv = ["--output", "c.json", "--images", "x", "--concept.targets", '["a bomb"]']
+    config = parse(CalibrateConfig, argv)
+    assert config.concept is not None
+    assert config.concept.targets == ["a bomb"]
+    assert isinstance(config.density, ClipText)
