@@ -7,8 +7,9 @@ own formula gives the ε that is wanted. So text-to-image, image-to-image, inpai
 pipelines of SD 1.x, SD 2.x and SDXL are guided alike, whatever their scheduler.
 
 Steps are counted as the scheduler counts them: a scheduler of order 2 (Heun, KDPM2) calls the UNet
-twice in a step; PNDM's one additional call counts as a step, as it does for diffusers' callbacks;
-image-to-image counts from the step at which it starts.
+twice in a step; every call of PNDM's counts as one, as it does for diffusers' callbacks (with Stable
+Diffusion's settings there is one more of them than steps); image-to-image counts from the step at
+which it starts.
 """
 
 from __future__ import annotations

@@ -59,6 +59,18 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
         assert done.returncode == 0, f"python block {index}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_index_of_samplers_runs(tmp_path) -> None:
+    page = ROOT / "docs" / "samplers.md"
+    for line in command_lines(page):
+        key = next(k for k in QUICK if line.startswith(k))
+        done = run(shlex.split(f"{line} {QUICK[key]}"), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for block in blocks(page, "python"):
+        done = run([sys.executable, "-c", block], tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
 def test_make_targets_that_are_shown_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:

@@ -166,6 +166,36 @@ def test_the_base_can_be_left_out_and_the_concept_said(
     assert found["concept"]["labels"] == ["style/ink"]
 
 
+def test_a_sampler_beside_its_base(
+    evaluate: Evaluate,
+    tmp_path: Path,
+    made: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "store"
+
+    def run(folder: str, *argv: object) -> int:
+        return evaluate(tmp_path / folder, *argv, concept="a bomb", limit=1, store=store)
+
+    assert run("medium", "--sampler", "sld") == 0
+    pictures = made.count("base")
+    assert (made.count("erased"), pictures) == (pictures, 5)
+    found = report(tmp_path / "medium")
+    assert found["generators"]["base"]["sampler"] == "plain"
+    sampler = found["generators"]["erased"]["sampler"]
+    assert (sampler["type"], sampler["preset"]) == ("sld", "medium")
+    assert sampler["resolved"]["strength"]["warmup"] == 10
+    assert sampler["concept"]["targets"] == ["a bomb"]
+    # Another preset, another concept: other pictures; the base's are there.
+    assert run("max", "--sampler", "sld", "--sampler.preset", "max") == 0
+    assert (made.count("erased"), made.count("base")) == (2 * pictures, pictures)
+    assert run("two", "--sampler", "sld", "--concept", "a weapon") == 0
+    assert made.count("erased") > 2 * pictures
+    capsys.readouterr()
+    assert run("medium", "--sampler", "sld", "--sampler.warmup", "0") == 2
+    assert "another sampler;" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -200,7 +200,7 @@ def test_without_classifier_free_guidance_it_refuses(pipeline) -> None:
         pipe._guidance_scale = 0.0
         return {"prompt_embeds": kwargs["prompt_embeds"].chunk(2)[1]}
 
-    with pytest.raises(UserError, match="got guidance_scale 0.0"):
+    with pytest.raises(UserError, match=r"got guidance_scale 0\.0"):
         draw(
             STRONG.wrap(pipeline, BOMB),
             callback_on_step_end=switch_off,
@@ -209,18 +209,21 @@ def test_without_classifier_free_guidance_it_refuses(pipeline) -> None:
 
 
 def test_a_unet_that_is_never_called_is_an_error(pipeline) -> None:
-    guarded = STRONG.wrap(pipeline, BOMB)
-    guarded.unet = backbones.load_pipeline(pipeline.config._name_or_path).unet
-    draw(guarded)  # Its own UNet, exchanged before the call, is the one that is watched.
-
     class Idle(type(pipeline)):
         def __call__(self, *args, **kwargs):
             return None
 
     pipeline.__class__ = Idle
+    idle = STRONG.wrap(pipeline, BOMB)
     with pytest.raises(UserError, match="never called its UNet"):
-        draw_nothing = STRONG.wrap(pipeline, BOMB)
-        draw_nothing("a bomb")
+        idle("a bomb")
+
+
+def test_a_unet_that_is_exchanged_afterwards_is_the_one_that_is_watched(pipeline) -> None:
+    guarded = STRONG.wrap(pipeline, BOMB)
+    wanted = draw(guarded)
+    guarded.unet = backbones.load_pipeline(pipeline.config._name_or_path).unet
+    assert torch.equal(draw(guarded), wanted)
 
 
 def test_what_it_cannot_guide_is_refused() -> None:
