@@ -83,8 +83,14 @@ class HarmDensity(ABC):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"got pictures of shape {tuple(images.shape)}; allowed: (B, 3, H, W)")
+        import torch
+
         # Densities are read in float32 whatever the sampler runs in: η is compared to a hair.
-        per_concept = self.per_concept(images.float())
+        with torch.autocast(images.device.type, enabled=False):
+            return self._harm(images.float())
+
+    def _harm(self, images: Tensor) -> Harm:
+        per_concept = self.per_concept(images)
         if per_concept.shape != (len(images), len(self.names)):
             raise ValueError(
                 f"got scores of shape {tuple(per_concept.shape)}; allowed: "

@@ -147,10 +147,10 @@ def _stored(folder: str, batch_size: int) -> tuple[Iterator[Tensor], dict[str, A
     import torch
 
     from expunge.pictures import picture_files, read_picture
-    from expunge.results import sha256_file
+    from expunge.results import sha256_folder
 
     files = picture_files(folder)
-    source = {"images": folder, "sha256": sorted(sha256_file(file) for file in files)}
+    source = {"images": folder, "sha256": sha256_folder(folder)}
 
     def read() -> Iterator[Tensor]:
         batch: list[Tensor] = []

@@ -14,6 +14,7 @@ from expunge.densities.calibrated import Calibrated
 from expunge.densities.clip_text import ClipText
 from expunge.densities.command import CalibrateConfig
 from expunge.densities.reference import read_reference
+from expunge.results import sha256_folder
 
 
 def calibrate(*options: str) -> int:
@@ -38,8 +39,8 @@ def test_a_folder_of_pictures_becomes_a_scale(
     assert value["n"] == 120
     assert value["density"]["type"] == "clip_text"
     assert value["identity"]["clips"] == ClipText(tiny_clip, ["x"]).build().identity()["clips"]
-    assert len(value["source"]["sha256"]) == 120
-    assert value["provenance"]["versions"]["torch"] == torch.__version__
+    assert value["source"]["sha256"] == sha256_folder(folder)
+    assert value["provenance"]["versions"]["torch"] is not None
     config = Calibrated(ClipText(tiny_clip, ["a bomb", "a skull"]), str(out), threshold=0.98)
     p = config.build()(drawn("grey", 200, seed=3)).per_concept
     assert abs(p.mean() - 0.5) < 0.15

@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,6 @@ class Holder:
     """A configuration that has a density."""
 
     density: Annotated[DensityConfig, DENSITIES]
-    concept: Concept = field(default_factory=lambda: Concept(targets=["a bomb", "a skull"]))
 
 
 def score_of_a_picture(images: torch.Tensor) -> torch.Tensor:
@@ -76,7 +75,7 @@ def row(request: pytest.FixtureRequest, settings) -> tuple[str, Holder]:
 
 
 def build(holder: Holder) -> HarmDensity:
-    return holder.density.build(holder.concept)
+    return holder.density.build(Concept(targets=["a bomb", "a skull"]))
 
 
 def test_settings_survive_a_file(row: tuple[str, Holder], tmp_path: Path) -> None:
