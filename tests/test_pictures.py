@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from expunge import pictures
+from expunge.errors import UserError
 
 
 def test_levels_round_to_the_nearest() -> None:
@@ -26,3 +27,30 @@ def test_a_sheet_shows_every_picture(tmp_path) -> None:
 def test_rows_and_labels_belong_together() -> None:
     with pytest.raises(ValueError, match="1 rows and 2 labels"):
         pictures.sheet([[Image.new("RGB", (8, 8))]], ["a", "b"])
+
+
+def test_a_picture_file_is_read_as_it_was_written(tmp_path) -> None:
+    levels = torch.arange(3 * 5 * 7).view(3, 5, 7).float() / 52 - 1
+    pictures.save_png(pictures.to_pil(levels), tmp_path / "a.png")
+    again = pictures.read_picture(tmp_path / "a.png")
+    assert again.shape == (3, 5, 7)
+    torch.testing.assert_close(again, levels.clamp(-1, 1), rtol=0, atol=1 / 255 + 1e-6)
+
+
+def test_transparent_is_white_and_a_camera_held_upright(tmp_path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (pictures.read_picture(tmp_path / "clear.png") == 1).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.read_picture(tmp_path / "turned.jpg").shape == (3, 8, 4)
+
+
+def test_the_pictures_of_a_folder(tmp_path) -> None:
+    for name in ("b.png", "a.JPG", "grid.png", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [file.name for file in pictures.picture_files(tmp_path)] == ["a.JPG", "b.png"]
+    with pytest.raises(UserError, match=r"a\.JPG, which cannot be read"):
+        pictures.read_picture(tmp_path / "a.JPG")
+    with pytest.raises(UserError, match="no folder"):
+        pictures.picture_files(tmp_path / "a.JPG")

@@ -154,3 +154,29 @@ def test_it_is_documented(name: str) -> None:
     assert "Source:" in section
     assert "Deviation" in section or "ours" in section.lower()
     assert DENSITIES.load(name).__doc__
+
+
+def test_the_python_of_the_docs_runs(tiny_clip, folder_of, drawn, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_of("labelled/harmful", "red", 4)
+    folder_of("labelled/benign", "blue", 4)
+    page = (ROOT / "docs" / "densities.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    for block in blocks:
+        # The tiny CLIP for the bundled one, which would take longer.
+        exec(block.replace('clip="emoji"', f"clip={tiny_clip!r}"), {"images": drawn("red", 2)})
+    assert (tmp_path / "head.safetensors").is_file()
+
+
+def test_the_commands_of_the_docs_are_understood() -> None:
+    import shlex
+
+    from expunge.densities.command import CalibrateConfig
+
+    page = (ROOT / "docs" / "densities.md").read_text(encoding="utf-8")
+    lines = page.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("expunge calibrate ")
+        parse(CalibrateConfig, shlex.split(line)[2:])
