@@ -7,9 +7,9 @@ own formula gives the ε that is wanted. So text-to-image, image-to-image, inpai
 pipelines of SD 1.x, SD 2.x and SDXL are guided alike, whatever their scheduler.
 
 Steps are counted as the scheduler counts them: a scheduler of order 2 (Heun, KDPM2) calls the UNet
-twice in a step; every call of PNDM's counts as one, as it does for diffusers' callbacks (with Stable
-Diffusion's settings there is one more of them than steps); image-to-image counts from the step at
-which it starts.
+twice in a step; every call of PNDM's counts as one, as it does for diffusers' callbacks (with
+Stable Diffusion's settings there is one more of them than steps); image-to-image counts from the
+step at which it starts.
 """
 
 from __future__ import annotations
@@ -298,7 +298,8 @@ def _arguments(
     call: Callable[..., Any], pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     bound = dict(inspect.signature(call).bind(pipeline, *args, **kwargs).arguments)
-    return bound | bound.pop("kwargs", {})
+    rest: dict[str, Any] = bound.pop("kwargs", {})
+    return bound | rest
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

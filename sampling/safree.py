@@ -38,13 +38,14 @@ def projector(vectors: Tensor) -> Tensor:
     _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
     if not sizes.numel():
         return vectors.new_zeros(vectors.shape[1], vectors.shape[1])
-    kept = sizes > sizes[0] * max(vectors.shape) * torch.finfo(vectors.dtype).eps
-    return basis[kept].T @ basis[kept]
+    kept: Tensor = basis[sizes > sizes[0] * max(vectors.shape) * torch.finfo(vectors.dtype).eps]
+    return kept.T @ kept
 
 
 def distances(without: Tensor, P_C: Tensor) -> Tensor:
     """‖(I − P_C) p‖ of rows p (N, D): how far texts lie from the subspace of the concept, (N,)."""
-    return (without - without @ P_C).norm(dim=1)
+    rest: Tensor = without - without @ P_C
+    return rest.square().sum(dim=1).sqrt()
 
 
 def trigger_tokens(without: Tensor, whole: Tensor, P_C: Tensor, alpha: float) -> Tensor:
