@@ -59,9 +59,7 @@ def nine_channels(folder: str) -> Any:
 
 def controlled(folder: str) -> Any:
     torch.manual_seed(1)
-    net = ControlNetModel.from_unet(
-        load(folder).unet, conditioning_embedding_out_channels=(8, 16)
-    )
+    net = ControlNetModel.from_unet(load(folder).unet, conditioning_embedding_out_channels=(8, 16))
     for block in net.controlnet_down_blocks:
         # Its outputs are zero at first.
         torch.nn.init.normal_(block.weight, std=0.5)
