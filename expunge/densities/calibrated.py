@@ -161,7 +161,8 @@ def percentile(scores: Tensor, reference: Tensor, width: Tensor) -> Tensor:
     tail = (1 + z.abs() / TAIL) ** -TAIL / 2
     above = z > 0
     low, high = tail.masked_fill(above, 0).sum(2), tail.masked_fill(~above, 0).sum(2)
-    return (above.sum(2) - high + low) / z.shape[2]
+    share: Tensor = (above.sum(2) - high + low) / z.shape[2]
+    return share
 
 
 def bandwidth(reference: Tensor, n: int) -> Tensor:

@@ -115,9 +115,8 @@ class Head:
         parts = {key: value.to(features.dtype) for key, value in self.tensors.items()}
         if "prompts" in parts:
             unit = parts["prompts"] / parts["prompts"].norm(dim=1, keepdim=True)
-            harmless, harmful = (LOGIT_SCALE * features @ unit.T).unbind(1)
             # A softmax of two is the sigmoid of their difference.
-            return harmful - harmless
+            return LOGIT_SCALE * features @ (unit[1] - unit[0])
         if "hidden.weight" in parts:
             inner = features @ parts["hidden.weight"].T + parts["hidden.bias"]
             # SiLU: smooth, so that no unit is without gradient.

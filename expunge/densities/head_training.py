@@ -101,8 +101,8 @@ def train_head(
     folds = _folds(truth, seed)
     for fold in folds.unique():
         left = folds == fold
-        head = fit(features[~left], truth[~left], *settings)
-        held_out[left] = Head(head).logits(features[left])
+        without = Head(fit(features[~left], truth[~left], *settings))
+        held_out[left] = without.logits(features[left])
     right = (held_out > 0) == truth
     report = HeadReport(
         accuracy=(right[truth].float().mean().item() + right[~truth].float().mean().item()) / 2,

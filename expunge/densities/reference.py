@@ -79,9 +79,9 @@ def read_reference(path: str | Path) -> Reference:
         ) from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"got {path}, which is no calibration of format {FORMAT}; {make}")
-    keys = ("names", "scores", "density", "identity")
+    own = {key: value.get(key) for key in ("names", "scores", "density", "identity")}
+    about = {k: v for k, v in value.items() if k not in (*own, "format", "n")}
     try:
-        about = {k: v for k, v in value.items() if k not in (*keys, "format", "n")}
-        return Reference(*(value[key] for key in keys), about)
-    except (KeyError, ValueError, TypeError) as error:
+        return Reference(**own, about=about)
+    except (ValueError, TypeError) as error:
         raise UserError(f"got broken calibration {path} ({error}); {make}") from error

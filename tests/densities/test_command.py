@@ -125,3 +125,18 @@ def test_targets_may_come_from_the_concept() -> None:
     assert config.concept is not None
     assert config.concept.targets == ["a bomb"]
     assert isinstance(config.density, ClipText)
+
+
+def test_the_shipped_configuration(tmp_path: Path) -> None:
+    from expunge.configuration import dump, load
+    from expunge.eval.emoji_vocabulary import Vocabulary
+
+    argv = ["--config", "calibrate/emoji_bomb.yaml", "--output", "bomb.json"]
+    config = parse(CalibrateConfig, argv)
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(CalibrateConfig, tmp_path / "again.yaml") == config
+    assert not any("bomb" in prompt for prompt in config.prompt)
+    phrases = set(Vocabulary.read(None).phrases.values())
+    assert phrases - {"a bomb"} <= set(config.prompt)
+    # Enough for the threshold that `calibrated` has by default.
+    assert len(config.prompt) * config.images_per_prompt > 500
