@@ -86,6 +86,13 @@ def main(argv: list[str]) -> None:
     from expunge.schema import encode
 
     device = backbones.device_of(config.device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"got device {device!r}, which cannot be used ({str(error).splitlines()[0]}); allowed: "
+            "cpu, cuda, mps, as far as this machine has them"
+        ) from error
     density = config.density.build(config.concept, device)
     if config.images is not None:
         pictures, source = _stored(config.images, config.batch_size)

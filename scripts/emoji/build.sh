@@ -21,4 +21,5 @@ $python train_guide.py --work "$work"
 $python -m torch.distributed.run --nproc_per_node "${PROCESSES:-2}" \
   train_diffusion.py --work "$work" --threads 1
 $python assemble.py --work "$work"
+$python make_filter.py --work "$work"
 $python measure.py --sheet "$work/quality.png"

@@ -119,6 +119,13 @@ def test_mistakes_are_one_line_and_status_2(
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_one_line(text, folder_of, tmp_path, capsys) -> None:
+    options = ["--images", folder_of("benign", "grey", 16), "--device", "cuda"]
+    assert calibrate(*text, *options, "--output", str(tmp_path / "c.json")) == 2
+    assert "got device 'cuda', which cannot be used" in capsys.readouterr().err
+
+
 def test_targets_may_come_from_the_concept() -> None:
     argv = ["--output", "c.json", "--images", "x", "--concept.targets", '["a bomb"]']
     config = parse(CalibrateConfig, argv)

@@ -127,6 +127,18 @@ def test_nan_pictures_raise(row: tuple[str, Holder]) -> None:
         build(row[1])(torch.full((1, 3, 32, 32), float("nan")))
 
 
+@pytest.mark.gpu
+def test_it_moves_to_another_device(row: tuple[str, Holder], drawn) -> None:
+    here = build(row[1])(drawn("red", 3))
+    moved = build(row[1]).to("cuda")
+    made = row[1].density.build(Concept(targets=["a bomb", "a skull"]), "cuda")
+    for density in (moved, made):
+        there = density(drawn("red", 3).cuda())
+        assert there.score.device.type == density.thresholds.device.type == "cuda"
+        torch.testing.assert_close(there.per_concept.cpu(), here.per_concept, rtol=0.05, atol=5e-3)
+        assert density.fires(drawn("red", 3).cuda()).shape == (3,)
+
+
 def test_what_identifies_it_is_plain_json(row: tuple[str, Holder]) -> None:
     import json
 
