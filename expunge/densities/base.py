@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from expunge.concepts import Concept
 
 
+def check_finite(scores: Tensor) -> None:
+    """Refuse scores of which nothing can be said.
+
+    Raises:
+        FloatingPointError: One is NaN or infinite.
+    """
+    if not scores.isfinite().all():
+        raise FloatingPointError(
+            "the harm density is NaN or infinite: nothing can be said of these pictures"
+        )
+
+
 @dataclass(frozen=True)
 class Harm:
     """How much pictures show what is to be gone.
@@ -26,11 +38,8 @@ class Harm:
     per_concept: Tensor
 
     def __post_init__(self) -> None:
-        for values in (self.score, self.per_concept):
-            if not values.isfinite().all():
-                raise FloatingPointError(
-                    "the harm density is NaN or infinite: nothing can be said of these pictures"
-                )
+        check_finite(self.score)
+        check_finite(self.per_concept)
 
     def exceeds(self, η: Tensor | float) -> Tensor:
         """1[p_h ≥ η], (B,): true as soon as one concept reaches its threshold.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expunge.densities import DENSITIES
-from expunge.densities.base import DensityConfig, HarmDensity
+from expunge.densities.base import DensityConfig, HarmDensity, check_finite
 from expunge.densities.reference import Reference, read_reference
 from expunge.densities.thresholds import check_threshold, spread_threshold
 from expunge.errors import UserError
@@ -121,6 +121,8 @@ class Percentile(HarmDensity):
     def per_concept(self, images: Tensor) -> Tensor:
         """The percentile, (B, M), in (0, 1)."""
         scores = self.inner.per_concept(images) - self._prior
+        # On this scale minus infinity would be 0, and safe.
+        check_finite(scores)
         return self._most * percentile(scores, self._reference, self._width)
 
     def combine(self, per_concept: Tensor) -> Tensor:
@@ -176,7 +178,8 @@ def bandwidth(reference: Tensor, n: int) -> Tensor:
     robust = (quarter[1] - quarter[0]) / 1.34
     spread = deviation.minimum(robust.where(robust > 0, deviation))
     # Scores that are all the same still need a width.
-    return (0.9 * spread * n**-0.2 / SPREAD).clamp(min=1e-5)
+    width: Tensor = 0.9 * spread * n**-0.2 / SPREAD
+    return width.clamp(min=1e-5)
 
 
 def _thinned(ordered: Tensor) -> Tensor:

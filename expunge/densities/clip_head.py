@@ -116,7 +116,8 @@ class Head:
         if "prompts" in parts:
             unit = parts["prompts"] / parts["prompts"].norm(dim=1, keepdim=True)
             # A softmax of two is the sigmoid of their difference.
-            return LOGIT_SCALE * features @ (unit[1] - unit[0])
+            difference: Tensor = LOGIT_SCALE * features @ (unit[1] - unit[0])
+            return difference
         if "hidden.weight" in parts:
             inner = features @ parts["hidden.weight"].T + parts["hidden.bias"]
             # SiLU: smooth, so that no unit is without gradient.

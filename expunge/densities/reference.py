@@ -79,9 +79,10 @@ def read_reference(path: str | Path) -> Reference:
         ) from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"got {path}, which is no calibration of format {FORMAT}; {make}")
-    own = {key: value.get(key) for key in ("names", "scores", "density", "identity")}
-    about = {k: v for k, v in value.items() if k not in (*own, "format", "n")}
+    own = ("format", "n", "names", "scores", "density", "identity")
+    about = {key: item for key, item in value.items() if key not in own}
     try:
-        return Reference(**own, about=about)
-    except (ValueError, TypeError) as error:
+        density, identity = dict(value["density"]), dict(value["identity"])
+        return Reference(value["names"], value["scores"], density, identity, about)
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"got broken calibration {path} ({error}); {make}") from error

@@ -115,6 +115,13 @@ def test_a_shared_threshold_tells_harm_better_than_on_the_raw_scale() -> None:
     assert ours > 0.95
 
 
+def test_an_infinite_score_is_not_the_lowest_percentile() -> None:
+    scores = harmless(2, seed=0)
+    scores[1, 1] = -torch.inf
+    with pytest.raises(FloatingPointError):
+        scores_of(calibrated(), scores)
+
+
 def test_alpha_moves_pooled_scales_only() -> None:
     pictures = harmless(50, seed=3)
     for alpha in (0.0, 0.5):
@@ -191,6 +198,8 @@ def test_a_broken_file_is_one_line(file: str, tmp_path: Path) -> None:
         (json.dumps({**whole, "format": "other"}), "no calibration of format"),
         (json.dumps({k: v for k, v in whole.items() if k != "scores"}), "broken calibration"),
         (json.dumps({**whole, "scores": [[0.1] * 40, [0.1] * 39]}), "broken calibration"),
+        (json.dumps({**whole, "scores": None}), "broken calibration"),
+        (json.dumps({**whole, "identity": None}), "broken calibration"),
         (json.dumps({**whole, "scores": [[0.1] * 15] * 2}), "allowed: 16 or more"),
         (json.dumps({**whole, "scores": [[float("nan")] * 40] * 2}), "NaN or infinite"),
     ]
