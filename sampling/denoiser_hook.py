@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,11 +136,11 @@ class Denoising:
 
     def _predict(self, rows: Tensor, x_t: Tensor | None, text: Text | None) -> Tensor:
         total, C = len(self.sample), self.e0.shape[1]
-        sample, t, kwargs = _pick((self.sample, self.t, dict(self.kwargs)), total, rows)
+        sample, t, kwargs = pick((self.sample, self.t, dict(self.kwargs)), total, rows)
         if x_t is not None:
             sample = torch.cat([x_t.to(sample.dtype), sample[:, C:]], dim=1)
         if text is not None:
-            kwargs = _with_text(kwargs, text, len(rows))
+            kwargs = with_texts(kwargs, [text] * len(rows))
         output = self.forward(sample, t, **kwargs)[0].float()
         ᾱ = _alpha_bar(self.scheduler, self.t, output) if self.kind != "epsilon" else None
         return _epsilon(output, sample[:, :C].float(), ᾱ, self.kind)
@@ -232,7 +232,7 @@ class _Hook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if threading.get_ident() != self.thread:
             return None
-        args, kwargs = _named(args, kwargs)
+        args, kwargs = named(args, kwargs)
         self._refuse_unpaired(args[0], kwargs)
         if self.guidance.embeddings is not None:
             states = self.guidance.embeddings(self.step, kwargs["encoder_hidden_states"])
@@ -302,31 +302,33 @@ def _arguments(
     return bound | rest
 
 
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Sample and timestep by place, the rest by name, however the UNet was called."""
     names = ("sample", "timestep", "encoder_hidden_states")
     given = dict(zip(names, args, strict=False)) | kwargs
     return (given.pop("sample"), given.pop("timestep")), given
 
 
-def _pick(value: Any, total: int, rows: Tensor) -> Any:
+def pick(value: Any, total: int, rows: Tensor) -> Any:
     """Rows of every tensor whose first dimension is the batch, in nested containers."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.ndim and len(value) == total else value
     if isinstance(value, dict):
-        return {key: _pick(inner, total, rows) for key, inner in value.items()}
+        return {key: pick(inner, total, rows) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_pick(inner, total, rows) for inner in value)
+        return type(value)(pick(inner, total, rows) for inner in value)
     return value
 
 
-def _with_text(kwargs: dict[str, Any], text: Text, B: int) -> dict[str, Any]:
-    states = kwargs["encoder_hidden_states"]
-    changed = kwargs | {"encoder_hidden_states": text.states.to(states).expand(B, -1, -1)}
+def with_texts(kwargs: dict[str, Any], texts: Sequence[Text]) -> dict[str, Any]:
+    """A UNet's named arguments under other texts, one for each sample."""
+    states = torch.cat([text.states for text in texts])
+    changed = kwargs | {"encoder_hidden_states": states.to(kwargs["encoder_hidden_states"])}
     added = kwargs.get("added_cond_kwargs") or {}
-    if text.pooled is not None and "text_embeds" in added:
-        pooled = text.pooled.to(added["text_embeds"]).expand(B, -1)
-        changed["added_cond_kwargs"] = {**added, "text_embeds": pooled}
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    if pooled and "text_embeds" in added:
+        embeds = torch.cat(pooled).to(added["text_embeds"])
+        changed["added_cond_kwargs"] = {**added, "text_embeds": embeds}
     return changed
 
 

@@ -75,8 +75,8 @@ class Guard:
         self.texts = list(texts)
         if how.direction == "text" and len(self.texts) != len(density.names):
             raise UserError(
-                f"got {len(self.texts)} texts for the {len(density.names)} concepts of the density; "
-                "allowed: one for each, for direction text; give them, or choose direction gradient"
+                f"got {len(self.texts)} texts for {len(density.names)} concepts of the density; "
+                "allowed: one for each, for direction text; or choose direction gradient"
             )
         self.branch: Branch | None = None
         self.trace = Trace()

@@ -33,7 +33,9 @@ class SafeScheduler:
 
     corrector: Corrector
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kw: Any) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kw: Any
+    ) -> Any:
         """The scheduler's own step, after x̂0 has been corrected."""
         from diffusers import DDIMScheduler
 
@@ -106,9 +108,9 @@ def _probe(safe: Any, scheduler: Any) -> None:
         ) from cause
     if not error < 0.25:
         raise UserError(
-            f"got scheduler {type(scheduler).__name__}, whose samples miss the corrected picture by "
-            f"{error:.2f}; allowed: one that samples from its x̂0, as DDIM, Euler or DPM-Solver++; "
-            "choose another scheduler"
+            f"got scheduler {type(scheduler).__name__}, whose samples miss the corrected picture "
+            f"by {error:.2f}; allowed: one that samples from its x̂0, as DDIM, Euler or "
+            "DPM-Solver++; choose another scheduler"
         )
 
 
