@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from expunge.concepts import Concept
@@ -25,16 +25,24 @@ class Preserve:
         weight: λ; 0 leaves the term out.
         batch_size: Retained samples of a step, on each process.
         pairs: Share of them that are two-object prompts with a target.
+        templates: Sentences in which retained nouns stand, ``{}`` is their place; what is kept
+            only as a bare noun may be lost in a sentence.
     """
 
     weight: float = 0.0
     batch_size: int = 4
     pairs: float = 0.0
+    templates: list[str] = field(default_factory=lambda: ["{}"])
 
     def __post_init__(self) -> None:
         if self.weight < 0 or self.batch_size < 1 or not 0 <= self.pairs <= 1:
             raise ValueError(
                 f"got preserve {self}; allowed: weight >= 0, batch_size >= 1, pairs from 0 to 1"
+            )
+        if not self.templates or not all(t.count("{}") == 1 for t in self.templates):
+            raise ValueError(
+                f"got preserve.templates {self.templates}; allowed: one text or more, each with "
+                "one {}"
             )
 
     def prompts(self, concept: Concept, rng: random.Random) -> list[tuple[str, str]]:
@@ -55,6 +63,8 @@ class Preserve:
                 )
             else:
                 prompt = rng.choice(retained)
+                if prompt in nouns:
+                    prompt = rng.choice(self.templates).replace("{}", prompt)
                 chosen.append((prompt, prompt))
         return chosen
 

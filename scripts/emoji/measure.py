@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 
 import torch
@@ -61,9 +60,6 @@ def main() -> None:
         "steps": 25,
         "guidance_scale": 4.0,
         "judge_held_out": labels["held_out"],
-        "guide_held_out": json.loads((TARGET / "guide" / "held_out.json").read_text())
-        if (TARGET / "guide" / "held_out.json").is_file()
-        else None,
         # Committed with the model: the command line would carry paths of one machine.
         "provenance": {k: v for k, v in provenance().items() if k != "command"},
     }

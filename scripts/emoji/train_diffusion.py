@@ -98,7 +98,7 @@ def draw_captions(shown: list[Scene], pick: torch.Tensor, generator: torch.Gener
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=9000, batch_size=16)
+    args = arguments(__doc__, steps=12_600, batch_size=32)
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision="bf16",

@@ -29,6 +29,18 @@ def test_retained_prompts_are_their_own_target_and_never_name_the_concept() -> N
     assert {student for student, _ in pairs} == set(CONCEPT.retained())
 
 
+def test_retained_nouns_stand_in_every_template() -> None:
+    templates = ["{}", "{} on a blue background"]
+    prompts = {student for student, _ in drawn(Preserve(weight=1.0, templates=templates))}
+    nouns = ("a cat face", "a key")
+    assert prompts == {
+        "",
+        "a picture of a bus on a white background",
+        *nouns,
+        *(f"{noun} on a blue background" for noun in nouns),
+    }
+
+
 def test_beside_the_target_the_teacher_reads_the_other_object_alone() -> None:
     for student, teacher in drawn(Preserve(weight=1.0, pairs=1.0)):
         assert "a bomb" in student
@@ -55,7 +67,9 @@ def test_the_loss_is_weighted_and_of_each_sample() -> None:
     assert loss.tolist() == [2.0, 8.0]
 
 
-@pytest.mark.parametrize("bad", [{"weight": -1}, {"batch_size": 0}, {"pairs": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"weight": -1}, {"batch_size": 0}, {"pairs": 1.5}, {"templates": []}]
+)
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="preserve"):
         Preserve(**bad)
