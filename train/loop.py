@@ -21,6 +21,7 @@ from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
 from expunge.train.predictions import Inputs, Networks
+from expunge.train.preserve import nearest
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Trainer:
             unet.enable_gradient_checkpointing()
             unet.train()
         self.embeddings = _Embeddings(pipeline)
+        self.near = self._neighbours()
         self.shape = backbones.latent_shape(pipeline)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -138,6 +140,15 @@ class Trainer:
                 validate(progress.step)
         bar.close()
 
+    def _neighbours(self) -> list[str]:
+        """The retained prompts nearest to the targets."""
+        keep, concept = self.config.preserve, self.config.concept
+        texts = [prompt for prompt in concept.retained() if prompt]
+        if not (keep.weight and keep.neighbours and texts):
+            return []
+        targets = self.embeddings(concept.targets)
+        return [texts[i] for i in nearest(targets, self.embeddings(texts), keep.neighbours)]
+
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
         sums: dict[str, float] = {}
@@ -170,7 +181,7 @@ class Trainer:
         rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-        retained = config.preserve.prompts(concept, rng)
+        retained = config.preserve.prompts(concept, rng, self.near)
         made_with = [prompt for prompt, _ in erased] + [prompt for prompt, _ in retained]
         x_t, t = config.latents.draw(
             self.networks,

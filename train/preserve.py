@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,17 +28,21 @@ class Preserve:
         pairs: Share of them that are two-object prompts with a target.
         templates: Sentences in which retained nouns stand, ``{}`` is their place; what is kept
             only as a bare noun may be lost in a sentence.
+        neighbours: How many retained prompts nearest to each target, in the text encoder, make up
+            half of the samples that are no pairs: they are what is lost first. 0 treats all alike.
     """
 
     weight: float = 0.0
     batch_size: int = 4
     pairs: float = 0.0
     templates: list[str] = field(default_factory=lambda: ["{}"])
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.batch_size < 1 or not 0 <= self.pairs <= 1:
+        if min(self.weight, self.neighbours, self.batch_size - 1) < 0 or not 0 <= self.pairs <= 1:
             raise ValueError(
-                f"got preserve {self}; allowed: weight >= 0, batch_size >= 1, pairs from 0 to 1"
+                f"got preserve {self}; allowed: weight and neighbours >= 0, batch_size >= 1, pairs "
+                "from 0 to 1"
             )
         if not self.templates or not all(t.count("{}") == 1 for t in self.templates):
             raise ValueError(
@@ -45,8 +50,16 @@ class Preserve:
                 "one {}"
             )
 
-    def prompts(self, concept: Concept, rng: random.Random) -> list[tuple[str, str]]:
-        """(what the student reads, what the teacher reads), `batch_size` of them."""
+    def prompts(
+        self, concept: Concept, rng: random.Random, near: Sequence[str] = ()
+    ) -> list[tuple[str, str]]:
+        """(what the student reads, what the teacher reads), `batch_size` of them.
+
+        Args:
+            concept: What is erased and what is retained.
+            rng: Decides all.
+            near: The retained prompts that are neighbours of a target, see `nearest`.
+        """
         if not self.weight:
             return []
         retained = concept.retained()
@@ -62,7 +75,7 @@ class Preserve:
                     (template.replace("{}", " and ".join(pair)), template.replace("{}", other))
                 )
             else:
-                prompt = rng.choice(retained)
+                prompt = rng.choice(near if near and rng.random() < 0.5 else retained)
                 if prompt in nouns:
                     prompt = rng.choice(self.templates).replace("{}", prompt)
                 chosen.append((prompt, prompt))
@@ -76,3 +89,23 @@ class Preserve:
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """λ · MSE of each sample, (B,)."""
         return self.weight * mse(student, teacher)
+
+
+def nearest(targets: Tensor, retained: Tensor, k: int) -> list[int]:
+    """Indices of the k retained texts nearest to each target, without repetition, nearest first.
+
+    Nearness is the cosine of the text encoder's outputs less their common mean: cross-attention
+    is linear in them, so what moves a target's keys and values moves those of its neighbours.
+
+    Args:
+        targets: (T, L, D).
+        retained: (R, L, D).
+        k: For each target.
+    """
+    import torch
+
+    states = torch.cat([targets, retained]).flatten(1).float()
+    states = torch.nn.functional.normalize(states - states.mean(0), dim=1)
+    cosines = states[: len(targets)] @ states[len(targets) :].T
+    found = [row.argsort(descending=True)[:k].tolist() for row in cosines]
+    return list(dict.fromkeys(i for places in zip(*found, strict=True) for i in places))

@@ -237,6 +237,13 @@ def test_accumulation_takes_that_many_draws(tiny_sd1, tmp_path) -> None:
     assert result["unet_forwards"]["student"] == 2 * 3 * 4 * 3
 
 
+def test_neighbours_take_part(tiny_sd1, tmp_path) -> None:
+    for folder, neighbours in (("all", 0), ("near", 1)):
+        keep = Preserve(weight=1.0, batch_size=4, neighbours=neighbours)
+        train(config(tiny_sd1, tmp_path / folder, steps=2, preserve=keep))
+    assert not same(weights(tmp_path / "all"), weights(tmp_path / "near"))
+
+
 def test_checkpointed_gradients_are_the_same_gradients(tiny_sd1, tmp_path) -> None:
     train(config(tiny_sd1, tmp_path / "a", steps=2))
     train(config(tiny_sd1, tmp_path / "b", steps=2, gradient_checkpointing=True))

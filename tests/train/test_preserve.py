@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expunge.concepts import Concept
-from expunge.train.preserve import Preserve
+from expunge.train.preserve import Preserve, nearest
 
 CONCEPT = Concept(
     targets=["a bomb"],
@@ -41,6 +41,23 @@ def test_retained_nouns_stand_in_every_template() -> None:
     }
 
 
+def test_half_of_the_retained_are_neighbours() -> None:
+    rng = random.Random(0)
+    preserve = Preserve(weight=1.0, batch_size=1000)
+    prompts = [student for student, _ in preserve.prompts(CONCEPT, rng, ["a key"])]
+    # Half of them, and a quarter of the other half.
+    assert 0.58 < prompts.count("a key") / 1000 < 0.67
+    assert set(prompts) == set(CONCEPT.retained())
+
+
+def test_the_nearest_are_nearest_in_angle_about_the_mean() -> None:
+    retained = torch.tensor([[[9.0, 1, 0]], [[0, 9, 1]], [[6, 4, 3]], [[0, 2, 9]]])
+    assert nearest(torch.tensor([[[10.0, 0, 0]]]), retained, 2) == [0, 2]
+    both = torch.tensor([[[10.0, 0, 0]], [[0, 10, 0]]])
+    assert sorted(nearest(both, retained, 1)) == [0, 1]
+    assert sorted(nearest(both, retained, 9)) == [0, 1, 2, 3]
+
+
 def test_beside_the_target_the_teacher_reads_the_other_object_alone() -> None:
     for student, teacher in drawn(Preserve(weight=1.0, pairs=1.0)):
         assert "a bomb" in student
@@ -68,7 +85,8 @@ def test_the_loss_is_weighted_and_of_each_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"weight": -1}, {"batch_size": 0}, {"pairs": 1.5}, {"templates": []}]
+    "bad",
+    [{"weight": -1}, {"batch_size": 0}, {"pairs": 1.5}, {"templates": []}, {"neighbours": -1}],
 )
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="preserve"):
