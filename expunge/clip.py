@@ -144,6 +144,18 @@ class Clip:
             features: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return F.normalize(features, dim=-1)
 
+    @property
+    def undecided(self) -> float | None:
+        """The cosine z at which the network gives even odds, σ(s z + b) = ½: z = −b / s.
+
+        Only a network that learned with the sigmoid loss (SigLIP, arXiv 2303.15343) has a bias b;
+        None for others, whose cosines are only comparable with each other.
+        """
+        bias = getattr(self.model, "logit_bias", None)
+        if bias is None:
+            return None
+        return float(-bias / self.model.logit_scale.exp())  # type: ignore[operator]
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the weights and of the preprocessing: wherever it came from, what it is."""

@@ -15,8 +15,11 @@ from expunge.densities.thresholds import (
 from expunge.errors import UserError
 
 if TYPE_CHECKING:
+    from expunge.clip import Clip
     from expunge.concepts import Concept
     from expunge.densities.base import HarmDensity
+
+THESIS = 0.23  # η for OpenAI's ViT-B/16 and pictures of Stable Diffusion, arXiv 2505.08817
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,21 @@ class ClipText:
         clip: `emoji`, a folder, `hf-hub:owner/name`, or `ARCHITECTURE/tag` of open_clip. Of several
             the cosines are averaged, which leaves less room for adversarial gradients.
         targets: The texts; none takes the targets of the concept.
-        threshold: η, in cosine: one for all texts, or one for each.
+        threshold: η, in cosine: one for all texts, or one for each. None asks the CLIP for the
+            cosine at which it gives even odds, if it learned with a bias; else the thesis's 0.23.
         top_k: K, from 1 to M; null takes the mean of all.
         thesis_compat: Normalise pictures with ImageNet's figures, as the thesis's code did.
     """
 
     clip: str | list[str] = "emoji"
     targets: list[str] = field(default_factory=list)
-    threshold: float | list[float] = 0.23
+    threshold: float | list[float] | None = None
     top_k: int | None = None
     thesis_compat: bool = False
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold, -1, 1)
+        if self.threshold is not None:
+            check_threshold(self.threshold, -1, 1)
         check_top_k(self.top_k, self.targets or None)
         check_clips(self.clip)
         if not all(text.strip() for text in self.targets):
@@ -60,12 +65,21 @@ class ClipText:
                 'for example targets: ["a bomb"]'
             )
         check_top_k(self.top_k, texts)
-        η = spread_threshold(self.threshold, texts, device)
+        if self.threshold is not None:
+            spread_threshold(self.threshold, texts)
         # Imported late, as what is wrong above is known at once and open_clip takes seconds.
         from expunge.clip import load_clip
 
         clips = [load_clip(name, device, self.thesis_compat) for name in one_or_more(self.clip)]
+        threshold = even_odds(clips) if self.threshold is None else self.threshold
+        η = spread_threshold(threshold, texts, device)
         return Cosine([(clip, clip.encode_texts(texts)) for clip in clips], texts, η, self.top_k)
+
+
+def even_odds(clips: list[Clip]) -> float:
+    """The mean of the cosines at which CLIPs give even odds, 0.23 for one that has none."""
+    known = [THESIS if clip.undecided is None else clip.undecided for clip in clips]
+    return sum(known) / len(known)
 
 
 def check_clips(clip: str | list[str]) -> None:

@@ -73,6 +73,6 @@ class Published(Safe):
     """
 
     density: Annotated[Any, DENSITIES] = field(
-        default_factory=lambda: DENSITIES.load("clip_text")(top_k=1)
+        default_factory=lambda: DENSITIES.load("clip_text")(top_k=1, threshold=0.23)
     )
     correction: Correction = field(default_factory=published_correction)

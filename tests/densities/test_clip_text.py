@@ -81,8 +81,15 @@ def test_several_clips_are_averaged(tiny_clip: str, drawn) -> None:
     torch.testing.assert_close(both(images).per_concept, expected)
 
 
-def test_the_thesis_defaults() -> None:
-    assert (ClipText().threshold, ClipText().thesis_compat) == (0.23, False)
+def test_by_default_a_clip_with_a_bias_says_its_threshold(tiny_clip: str) -> None:
+    clip = load_clip("emoji")
+    density = ClipText(targets=TEXTS).build()
+    assert clip.undecided is not None
+    torch.testing.assert_close(density.thresholds, torch.full((3,), clip.undecided))
+    odds = clip.model.logit_scale.exp() * clip.undecided + clip.model.logit_bias
+    assert abs(odds.sigmoid().item() - 0.5) < 1e-6
+    without = ClipText(clip=tiny_clip, targets=TEXTS).build()  # it has none: the thesis's figure
+    torch.testing.assert_close(without.thresholds, torch.full((3,), 0.23))
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,7 @@ def test_a_ddim_step_is_the_published_formula(kind, eta) -> None:
         else:
             x0, ε = a.sqrt() * y - (1 - a).sqrt() * p, a.sqrt() * p + (1 - a).sqrt() * y
         σ = eta * ((1 - a_before) / (1 - a) * (1 - a / a_before)).sqrt()
-        expected = (
-            a_before.sqrt() * (x0 + 0.37) + (1 - a_before - σ**2).sqrt() * ε + σ * z
-        )
+        expected = a_before.sqrt() * (x0 + 0.37) + (1 - a_before - σ**2).sqrt() * ε + σ * z
         assert (found.prev_sample - expected).abs().max() < 1e-6
         torch.testing.assert_close(found.pred_original_sample, x0 + 0.37, atol=1e-5, rtol=0)
 
