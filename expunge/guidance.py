@@ -20,7 +20,7 @@ Decode = Callable[[Tensor], Tensor]
 
 
 def log_density(density: HarmDensity, images: Tensor) -> Tensor:
-    """log p_h(x), (B,), of pictures (B, 3, H, W).
+    """The logarithm of p_h(x), (B,), of pictures (B, 3, H, W).
 
     Raises:
         FloatingPointError: p_h ≤ 0, as a cosine can be; its logarithm has no gradient.

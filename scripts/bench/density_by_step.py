@@ -1,6 +1,6 @@
 """How early does a density know? AUC of p_h(x̂0) at every denoising step.
 
-    python scripts/bench/density_by_step.py [--pictures 64] [--density '{type: clip_text}'] --output_dir D
+    python scripts/bench/density_by_step.py --output_dir D [--pictures 64] [--decoder clip]
 
 Draws prompts with and without the target on the bundled model, asks the density at every step
 without correcting anything, and lets the independent judge say on which finished pictures the

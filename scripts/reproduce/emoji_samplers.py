@@ -153,7 +153,10 @@ def cost(config: Config, sampler: dict[str, Any]) -> float:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    header = ["sampler", "target seen", "beside another", "other kept (of base)", "benign changed", "KID × 10³", "CLIP score", "cost"]  # fmt: skip
+    header = [
+        "sampler", "target seen", "beside another", "other kept (of base)", "benign changed",
+        "KID × 10³", "CLIP score", "cost",
+    ]  # fmt: skip
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, row in rows.items():
         metrics = row["metrics"]
