@@ -24,6 +24,10 @@ PROMPTS = Registry(
             "expunge.eval.emoji_prompts:EmojiPrompts",
             "captions of the bundled emoji model, derived from its vocabulary and the concept",
         ),
+        "file": Entry(
+            "expunge.eval.file_prompts:FilePrompts",
+            "the rows of a .txt, .csv or .jsonl file: I2P, template prompts, captions of COCO",
+        ),
     },
 )
 

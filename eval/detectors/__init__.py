@@ -16,6 +16,10 @@ DETECTORS = Registry(
             "expunge.eval.detectors.emoji_detector:EmojiDetector",
             "the independent judge of the bundled emoji model: objects, style, background",
         ),
+        "density": Entry(
+            "expunge.eval.detectors.density:DensityDetector",
+            "a harm density as a judge: SD's checker, Q16, a probe, texts of another CLIP",
+        ),
     },
 )
 
