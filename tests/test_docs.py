@@ -5,9 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from expunge.eval.suite import load_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,6 +72,18 @@ def test_the_index_of_samplers_runs(tmp_path) -> None:
     for block in blocks(page, "python"):
         done = run([sys.executable, "-c", block], tmp_path)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_suite_of_the_docs_plans_its_pictures(tmp_path) -> None:
+    (block,) = blocks(ROOT / "docs" / "suites.md", "yaml")
+    (tmp_path / "suite.yaml").write_text(block)
+    suite = load_suite(str(tmp_path / "suite.yaml"))
+    (tmp_path / "i2p_violence.csv").write_text("prompt,sd_seed\na bomb,4048860635\n")
+    prompts = replace(suite.prompts, path=tmp_path / suite.prompts.path)
+    (case,) = prompts.plan(["violence"]).cases
+    assert (case.prompt, case.seed, case.group) == ("a bomb", 4048860635, "harmful")
+    assert {q.metric for q in case.questions} == set(suite.metrics)
+    assert {case.group} == set(suite.groups)
 
 
 def test_make_targets_that_are_shown_exist() -> None:

@@ -68,5 +68,5 @@ def test_a_missing_file_and_wrong_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a file that exists"):
         prompts(tmp_path / "none.csv").plan([])
     for wrong in ({"asks": {}}, {"asks": {"target_seen": []}}, {"repeat": 0}):
-        with pytest.raises(ValueError, match="got (asks|repeat)"):
+        with pytest.raises(ValueError, match=r"got (asks|repeat)"):
             prompts(tmp_path / "list.txt", **wrong)
