@@ -19,6 +19,7 @@ from expunge.errors import UserError, nearest
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _CONFIG = "open_clip_config.json"
+_WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 _ALLOWED = (
     f"emoji, a folder with {_CONFIG}, hf-hub:owner/name, or an ARCHITECTURE/tag of open_clip such "
     "as ViT-B-16/openai"
@@ -194,10 +195,11 @@ def load_clip(name: str, device: Any = "cpu", thesis_compat: bool = False) -> Cl
             raise UserError(
                 f"got CLIP folder {name}, which holds no {_CONFIG}; allowed: {_ALLOWED}"
             )
-        if not any(folder.glob("*.safetensors")):
+        # Beside pickles open_clip would choose the pickle, were the other file's name not this.
+        if not any((folder / weights).is_file() for weights in _WEIGHTS):
             raise UserError(
-                f"got CLIP folder {name} without weights; allowed: open_clip_model.safetensors in "
-                "it; pickles are not read"
+                f"got CLIP folder {name} without weights; allowed: {' or '.join(_WEIGHTS)} in it; "
+                "pickles are not read"
             )
         return _load(name, f"local-dir:{folder}", None, device, thesis_compat)
     if name.startswith("hf-hub:"):
@@ -225,6 +227,7 @@ def _load(name: str, where: str, tag: str | None, device: Any, thesis_compat: bo
             where, pretrained=tag, force_quick_gelu=quick_gelu, require_pretrained=True
         )
         tokenize = open_clip.get_tokenizer(where)
+        model = model.to(device)
     except _BROKEN as error:
         line = next((x.strip() for x in str(error).splitlines() if x.strip()), repr(error))
         raise UserError(
@@ -235,7 +238,7 @@ def _load(name: str, where: str, tag: str | None, device: Any, thesis_compat: bo
     size = own["size"]
     return Clip(
         name,
-        model.to(device),
+        model,
         tokenize,
         (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
         IMAGENET_MEAN if thesis_compat else own["mean"],

@@ -19,19 +19,12 @@ from expunge.densities.base import HarmDensity
 Decode = Callable[[Tensor], Tensor]
 
 
-def log_density(density: HarmDensity, images: Tensor) -> Tensor:
-    """The logarithm of p_h(x), (B,), of pictures (B, 3, H, W).
+def log_density(score: Tensor) -> Tensor:
+    """The logarithm of p_h, (B,); constant 0 where p_h ≤ 0, as a cosine can be.
 
-    Raises:
-        FloatingPointError: p_h ≤ 0, as a cosine can be; its logarithm has no gradient.
+    There nothing is left to descend, and the gradient is zero.
     """
-    score = density(images).score
-    if not (score > 0).all():
-        raise FloatingPointError(
-            f"got p_h {score.min().item():.3f}; allowed: above 0, for log p_h; choose a threshold "
-            "above 0"
-        )
-    return score.log()
+    return torch.where(score > 0, score, 1.0).log()
 
 
 def gradient(
@@ -40,19 +33,27 @@ def gradient(
     """∇_{x̂0} log p_h(D(x̂0)), (B, C, h, w), the mean over `copies` altered views of the picture.
 
     Raises:
-        FloatingPointError: It is NaN or infinite.
+        FloatingPointError: It is NaN or infinite; or it is zero where p_h > 0, of a density that is
+            saturated there, so that the picture could not be corrected.
     """
     # A pipeline samples without gradient, some callers in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         x = x0.detach().clone().requires_grad_()
         images = decode(x)
-        terms = [
-            log_density(density, view(images, seed + i) if copies > 1 else images).sum()
-            for i in range(copies)
-        ]
-        (g,) = torch.autograd.grad(torch.stack(terms).mean(), x)
+        scores = torch.stack(
+            [
+                density(view(images, seed + i) if copies > 1 else images).score
+                for i in range(copies)
+            ]
+        )
+        (g,) = torch.autograd.grad(log_density(scores).mean(0).sum(), x)
     if not torch.isfinite(g).all():
         raise FloatingPointError("the gradient of log p_h is NaN or infinite")
+    if ((scores > 0).any(0) & ~g.flatten(1).any(1)).any():
+        raise FloatingPointError(
+            "the gradient of log p_h is zero where p_h is not: the density is saturated, and the "
+            "picture cannot be corrected"
+        )
     return g
 
 
@@ -107,13 +108,16 @@ def normalised(g: Tensor, ρ: float, reference: Tensor) -> Tensor:
     over between models, densities and picture sizes. A gradient of zero moves nothing.
     """
     size = rms(g)
-    step = torch.where(size > 0, ρ * reference / size.clamp(min=1e-30), torch.zeros_like(size))
+    step = torch.where(size > 0, ρ * reference / size.clamp(min=1e-38), torch.zeros_like(size))
     return -step.view(-1, 1, 1, 1) * g
 
 
 def rms(x: Tensor) -> Tensor:
     """Root of the mean square of each sample, (B,)."""
-    return x.float().square().flatten(1).mean(1).sqrt()
+    flat = x.float().flatten(1)
+    # Gradients of a density that is nearly saturated have squares below what float32 holds.
+    most = flat.abs().amax(1, keepdim=True).clamp(min=1e-38)
+    return ((flat / most).square().mean(1, keepdim=True).sqrt() * most).squeeze(1)
 
 
 def stage(schedule: str | Sequence[float], progress: float, window: tuple[float, float]) -> float:

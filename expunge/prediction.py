@@ -135,7 +135,7 @@ def level(scheduler: Any, t: Any) -> Level:
     if kind not in (*PREDICTION_TYPES, "flow_prediction"):
         raise UserError(f"got prediction type {kind!r}; allowed: {', '.join(PREDICTION_TYPES)}")
     if hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index"):
-        σ = scheduler.sigmas[_index(scheduler, t)]
+        σ = _sigma(scheduler, _index(scheduler, t))
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             α, σ = scheduler._sigma_to_alpha_sigma_t(σ)
             return Level(float(α), float(σ), kind)
@@ -154,6 +154,13 @@ def previous_alpha_bar(scheduler: Any, t: Any) -> float:
     before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     ᾱ = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
     return float(ᾱ)
+
+
+def _sigma(scheduler: Any, index: int) -> Any:
+    if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
+        # The second call of a step of KDPM2 is between two levels; its ancestral kind counts from 1.
+        return scheduler.sigmas_interpol[index - hasattr(scheduler, "sigmas_down")]
+    return scheduler.sigmas[index]
 
 
 def _index(scheduler: Any, t: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,8 @@ class Correction:
     """How x̂0 is corrected where p_h ≥ η.
 
     Attributes:
-        direction: `text`: against what the model itself draws for the concept's text,
-            Δ = −w s (e_h − e0) in the prediction; `gradient`: down ∇log p_h.
+        direction: `text`: against what the model itself draws for the text of each concept that
+            fires, ẽ − w s Σ_h (e_h − e0); `gradient`: x̂0 down ∇log p_h.
         strength: w of `text`; γ of `published`, ρ of `normalised` gradients.
         scale: What the strength of a gradient means: `normalised` (MPGD) or `published` (γ).
         schedule: γ_t: `constant`, `window`, `cosine`, or factors spread over the steps.
@@ -22,8 +23,8 @@ class Correction:
         copies: Altered views that a gradient is averaged over; 1 is the picture itself.
         smooth: Low-pass of the gradient, a standard deviation in latent pixels.
         start: Share of the denoising before which the density is not asked.
-        every: Denoising steps between two looks.
-        latch: Once it has fired, a sample is corrected in all later steps without another look.
+        every: Denoising steps from one look to the next.
+        latch: Once a concept has fired, a sample is corrected for it in all later steps.
     """
 
     direction: Literal["text", "gradient"] = "text"
@@ -40,10 +41,15 @@ class Correction:
     latch: bool = True
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or self.repeats < 1 or self.copies < 1 or self.every < 1:
+        if not 0 <= self.strength < math.inf or min(self.repeats, self.copies, self.every) < 1:
             raise ValueError(
                 f"got {self}; allowed: strength 0 or more, repeats, copies and every 1 or more"
             )
+        factors = [1.0] if isinstance(self.schedule, str) else self.schedule
+        if not factors or not all(0 <= factor < math.inf for factor in factors):
+            raise ValueError(f"got schedule {factors}; allowed: factors of 0 or more, one at least")
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ValueError(f"got window {self.window}; allowed: (from, to) within 0 and 1")
         if not (0 <= self.momentum < 1 and 0 <= self.start < 1 and self.smooth >= 0):
             raise ValueError(
                 f"got {self}; allowed: momentum and start from 0 to below 1, smooth 0 or more"

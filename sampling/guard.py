@@ -76,60 +76,84 @@ class Guard:
         if how.direction == "text" and len(self.texts) != len(density.names):
             raise UserError(
                 f"got {len(self.texts)} texts for {len(density.names)} concepts of the density; "
-                "allowed: one for each, for direction text; or choose direction gradient"
+                "allowed: a prompt for each, for direction text; or choose direction gradient"
             )
+        # A push in the prediction belongs to the noise as well; the published one does not.
+        self.keeps_noise = how.direction == "gradient"
         self.branch: Branch | None = None
         self.trace = Trace()
 
-    def begin(self, branch: Branch | None) -> None:
+    def begin(self, branch: Branch) -> None:
         """Forget the last call."""
         self.branch, self.trace = branch, Trace()
-        self.fired = torch.zeros(0, dtype=torch.bool)
-        self.worst = torch.zeros(0, dtype=torch.long)
+        self.fired = torch.zeros(0, len(self.density.names), dtype=torch.bool)  # (B, M)
+        self.asked = 0  # steps since the first look
         self.velocity: Tensor | None = None
+
+    def end(self) -> None:
+        """The call is over.
+
+        Raises:
+            RuntimeError: The density was never asked, so that nothing was guarded.
+        """
+        self.branch = None
+        if not self.trace.steps:
+            raise RuntimeError("the pipeline never asked its scheduler: its pictures are unguarded")
+        if not self.asked:
+            raise RuntimeError(
+                f"the density was never asked in {len(self.trace.steps)} steps from "
+                f"{self.how.start:g} of the denoising on: the pictures are unguarded"
+            )
 
     @torch.no_grad()
     def correction(self, scheduler: Any, output: Tensor, t: Any, x_t: Tensor) -> Tensor | None:
         """Δx̂0 (B, C, h, w), zero for samples that do not fire; None when none does."""
+        if self.branch is None:
+            raise RuntimeError(
+                "a guarded scheduler was used outside of its guarded pipeline, where it guards "
+                "nothing; guard the pipeline that is called"
+            )
         begun, i = time.perf_counter(), len(self.trace.steps)
         level, progress = prediction.level(scheduler, t), _progress(scheduler, t)
         if i == 0:
-            self.fired = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
-            self.worst = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+            self.fired = self.fired.new_zeros(len(x_t), self.fired.shape[1]).to(x_t.device)
         x0 = level.x0(output.float(), x_t.float())
         score = torch.full((len(x_t),), float("nan"))
-        if progress >= self.how.start and i % self.how.every == 0:
-            self._look(x0, score)
+        if progress >= self.how.start:
+            if self.asked % self.how.every == 0:
+                self._look(x0, score)
+            self.asked += 1
         γ = self.how.strength * guidance.stage(self.how.schedule, progress, self.how.window)
-        Δ = None
-        if γ > 0 and self.fired.any():
+        Δ, fired = None, self.fired.any(1)
+        if γ > 0 and fired.any():
             Δ = torch.zeros_like(x0)
-            rows = self.fired.nonzero().flatten()
             if self.how.direction == "text":
-                Δ[rows] = self._against_text(rows, γ) / level.slope
+                Δ = self._against_text(Δ, γ) / level.slope
             else:
+                rows = fired.nonzero().flatten()
                 Δ[rows] = self._down_gradient(x0, rows, γ, i)
         self.trace.steps.append(
-            Step(float(t), score.tolist(), self.fired.tolist(), time.perf_counter() - begun)
+            Step(float(t), score.tolist(), fired.tolist(), time.perf_counter() - begun)
         )
         return Δ
 
     def _look(self, x0: Tensor, score: Tensor) -> None:
-        """Ask the density about every sample that is not latched."""
-        rows = (~self.fired).nonzero().flatten() if self.how.latch else torch.arange(len(x0))
+        """Ask the density about every sample of which it does not know the worst already."""
+        known = self.fired.all(1) if self.how.latch else torch.zeros_like(self.fired[:, 0])
+        rows = (~known).nonzero().flatten()
         if not len(rows):
             return
         harm = self.density(self.look(x0[rows]))
-        η = self.density.thresholds.to(harm.per_concept)
-        self.fired[rows] = harm.exceeds(η)
-        self.worst[rows] = (harm.per_concept - η).argmax(1)
+        now = harm.per_concept >= self.density.thresholds.to(harm.per_concept)
+        self.fired[rows] = now | self.fired[rows] if self.how.latch else now
         score[rows.cpu()] = harm.score.float().cpu()
 
-    def _against_text(self, rows: Tensor, w: float) -> Tensor:
-        """−w s (e_h − e0) in the prediction, h the text of the concept that fired most."""
+    def _against_text(self, zero: Tensor, w: float) -> Tensor:
+        """−w s Σ_h (e_h − e0) in the prediction, (B, C, h, w), h the texts that fired."""
         assert self.branch is not None
-        e_h, e_0, s = self.branch.predict(rows, [self.texts[i] for i in self.worst[rows].tolist()])
-        return -w * s * (e_h - e_0).float()
+        rows, concepts = self.fired.nonzero(as_tuple=True)
+        e_h, e_0, s = self.branch.predict(rows, [self.texts[c] for c in concepts.tolist()])
+        return zero.index_add(0, rows, -w * s * (e_h - e_0).float())
 
     def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int) -> Tensor:
         how, start = self.how, x0[rows]
@@ -181,7 +205,7 @@ class Guarded:
 
         Raises:
             UserError: The scheduler was exchanged after the guard was put on.
-            RuntimeError: The scheduler was never asked, so that nothing was guarded.
+            RuntimeError: Scheduler or density were never asked, so that nothing was guarded.
         """
         done = self._guarded_call(*args, **kwargs)
         return self._withhold(done, args, kwargs) if self._strict else done
@@ -195,22 +219,26 @@ class Guarded:
             )
         with Branch(self) as branch:
             guard.begin(branch)
-            done = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if not guard.trace.steps:
-            raise RuntimeError("the pipeline never asked its scheduler: its pictures are unguarded")
+            try:
+                done = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            except BaseException:
+                guard.branch = None
+                raise
+        guard.end()
         return done
 
     def _withhold(self, done: Any, args: Any, kwargs: Any) -> Any:
         """Replace pictures that still show harm, by others if `resample` allows, else by black."""
         images = _images(done)
-        score, bad = self._guard.judge(to_tensor(images, self))
+        device = self._guard.density.thresholds.device
+        score, bad = self._guard.judge(to_tensor(images, self).to(device))
         trace = self._guard.trace
         for _ in range(self._resample):
             if not bad.any():
                 break
             # Generators have moved on, so that the same call draws other pictures.
             again = _images(self._guarded_call(*args, **kwargs))
-            new_score, new_bad = self._guard.judge(to_tensor(again, self))
+            new_score, new_bad = self._guard.judge(to_tensor(again, self).to(device))
             for i in (bad & ~new_bad).nonzero().flatten().tolist():
                 images[i], score[i], bad[i] = again[i], new_score[i], False
         for i in bad.nonzero().flatten().tolist():
@@ -218,7 +246,8 @@ class Guarded:
         trace.final, trace.withheld = score.tolist(), bad.tolist()
         self._guard.trace = trace
         if hasattr(done, "nsfw_content_detected"):
-            done.nsfw_content_detected = bad.tolist()
+            known = done.nsfw_content_detected or [False] * len(bad)
+            done.nsfw_content_detected = [a or b for a, b in zip(known, bad.tolist(), strict=True)]
         return done
 
 
@@ -242,16 +271,17 @@ def guard(
         pipeline: Of diffusers; its scheduler is chosen before.
         density: What must not be seen.
         decode: Latents to pictures, exactly; default: the pipeline's VAE.
-        look: The same for the gate, perhaps cheaper; default: `decode`.
+        look: The same for the gate; default: the model's distilled decoder, else its VAE.
         how: How x̂0 is corrected.
-        texts: A text for each concept, for direction `text`; default: the density's names.
+        texts: A prompt for each concept, for direction `text`; default: the density's own, which
+            those of concepts in words have.
         strict: Withhold finished pictures that still reach a threshold.
         resample: With `strict`, how often to draw again before a picture is withheld.
 
     Raises:
         UserError: The pipeline cannot be guarded, or the texts do not fit the density.
     """
-    from expunge.decoding import Vae
+    from expunge.decoding import Auto, Vae
 
     if resample and not strict:
         raise UserError("got resample without strict; allowed: both; set strict")
@@ -264,9 +294,9 @@ def guard(
     worker = Guard(
         density,
         decode,
-        look or decode,
+        look or Auto().build(pipeline),
         how or Correction(),
-        density.names if texts is None else texts,
+        (density.texts or ()) if texts is None else texts,
     )
     guarded: Any = graft(pipeline, Guarded)
     guarded.scheduler = safe_scheduler(pipeline.scheduler, worker)

@@ -15,7 +15,13 @@ from expunge.sampling.graft import graft
 
 
 class Corrector(Protocol):
-    """Whoever decides by how much x̂0 is moved."""
+    """Whoever decides by how much x̂0 is moved.
+
+    Attributes:
+        keeps_noise: Under DDIM the predicted noise stays as it is.
+    """
+
+    keeps_noise: bool
 
     def correction(self, scheduler: Any, prediction: Tensor, t: Any, x_t: Tensor) -> Tensor | None:
         """Δx̂0 (B, C, h, w), zero where nothing is to be done; None where nothing is at all."""
@@ -24,9 +30,9 @@ class Corrector(Protocol):
 class SafeScheduler:
     """What is laid over a scheduler's class; the rest of it stays as it is, its name included.
 
-    DDIM moves x̂0 and keeps the direction, as published (arXiv 2505.08817):
+    Under DDIM a corrector that `keeps_noise` moves x̂0 alone, as published (arXiv 2505.08817):
     x_{t−1} = √ᾱ_{t−1} (x̂0 + Δ) + √(1 − ᾱ_{t−1} − σ²) ε + σ z.
-    Every other scheduler is given the prediction that belongs to x̂0 + Δ, so that the history of a
+    Otherwise, and under every other scheduler, the step is given the prediction that belongs to x̂0 + Δ, so that the history of a
     multistep solver holds corrected predictions too. Without a correction the scheduler's own
     `step` sees what it would have seen, bit by bit, and samples that are not corrected keep theirs.
     """
@@ -43,7 +49,7 @@ class SafeScheduler:
         step = super().step  # type: ignore[misc]
         if Δ is None:
             return step(model_output, timestep, sample, *args, **kw)
-        if isinstance(self, DDIMScheduler):
+        if self.corrector.keeps_noise and isinstance(self, DDIMScheduler):
             done = step(model_output, timestep, sample, *args, **kw)
             return _moved(done, Δ, prediction.previous_alpha_bar(self, timestep) ** 0.5)
         slope = prediction.level(self, timestep).slope
@@ -61,15 +67,23 @@ def safe_scheduler(scheduler: Any, corrector: Corrector) -> Any:
     if isinstance(scheduler, SafeScheduler):
         raise UserError("got a scheduler that is guarded already; allowed: one guard a pipeline")
     safe: Any = graft(copy.deepcopy(scheduler), SafeScheduler)
+
     # Pipelines read the signature to see whether a scheduler takes eta or a generator.
-    type(safe).step = functools.wraps(type(scheduler).step)(SafeScheduler.step)
-    _probe(safe, scheduler)
+    @functools.wraps(type(scheduler).step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return SafeScheduler.step(self, *args, **kwargs)
+
+    type(safe).step = step
+    with torch.random.fork_rng(devices=[]):
+        _probe(safe, scheduler)
     safe.corrector = corrector
     return safe
 
 
 class _Towards:
     """Corrects every x̂0 onto one picture."""
+
+    keeps_noise = True
 
     def __init__(self, wanted: Tensor) -> None:
         self.wanted = wanted

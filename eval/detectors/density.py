@@ -49,7 +49,15 @@ class OpenDensityDetector:
         }
 
     def observe(self, images: Tensor) -> list[Observation]:
-        """1 for each concept that reaches its threshold, else 0."""
+        """1 for each concept that reaches its threshold, else 0; of namesakes, the greatest."""
         harm = self._density(images.to(self._device))
         seen = (harm.per_concept >= self._density.thresholds.to(harm.per_concept)).float()
-        return [dict(zip(self._density.names, row, strict=True)) for row in seen.tolist()]
+        found: list[Observation] = []
+        for row in seen.tolist():
+            # Parts of a combination may see the same concept: sorted, the one that does is last.
+            found.append(dict(sorted(zip(self._density.names, row, strict=True), key=_score)))
+        return found
+
+
+def _score(pair: tuple[str, float]) -> float:
+    return pair[1]

@@ -1,13 +1,16 @@
 """From the latents that a scheduler sees to the pictures that a density sees."""
 
-from expunge.decoding.settings import Clip, DecoderConfig, Linear, Tiny, Vae
+from expunge.decoding.settings import Auto, Clip, DecoderConfig, Linear, Tiny, Vae
 from expunge.registry import Entry, Registry
 
-__all__ = ["DECODERS", "Clip", "DecoderConfig", "Linear", "Tiny", "Vae"]
+__all__ = ["DECODERS", "Auto", "Clip", "DecoderConfig", "Linear", "Tiny", "Vae"]
 
 DECODERS = Registry(
     "decoder",
     {
+        "auto": Entry(
+            "expunge.decoding.settings:Auto", "clip where the model has one, else its VAE"
+        ),
         "vae": Entry("expunge.decoding.settings:Vae", "the model's own VAE: exact"),
         "tiny": Entry(
             "expunge.decoding.settings:Tiny", "a small public autoencoder (TAESD): full size"

@@ -145,6 +145,12 @@ class Residual(nn.Module):
         return y
 
 
+def beside(pipeline: Any) -> Path | None:
+    """Where the pipeline's own decoder would be; None for a model that is no local folder."""
+    model = pipeline.config.get("_name_or_path")
+    return Path(model) / FOLDER if model and Path(model).is_dir() else None
+
+
 def locate(path: str | None, pipeline: Any) -> Path:
     """The decoder's file: at this path, or beside the model.
 
@@ -152,14 +158,14 @@ def locate(path: str | None, pipeline: Any) -> Path:
         UserError: There is none.
     """
     model = pipeline.config.get("_name_or_path")
-    beside = Path(model) / FOLDER if model and Path(model).is_dir() else None
-    place = Path(path) if path else beside
+    own = beside(pipeline)
+    place = Path(path) if path else own
     if place is None:
         raise UserError(
             f"got no path of a decoder for {model or 'this pipeline'}; allowed: what expunge "
             "distill-decoder wrote; set its path"
         )
-    file = place / FILE if place.is_dir() or place == beside else place
+    file = place / FILE if place.is_dir() or place == own else place
     if not file.is_file():
         raise UserError(
             f"got no decoder: {file} does not exist; make it with: expunge distill-decoder "

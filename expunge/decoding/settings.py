@@ -97,6 +97,24 @@ class Linear:
         return load_linear(self.path, pipeline)
 
 
+@dataclass(frozen=True)
+class Auto:
+    """The cheapest that sees well: `clip` where the model's folder holds one, else the VAE.
+
+    A decoder that is there and does not fit the model is an error, not a reason for the VAE.
+    """
+
+    def build(self, pipeline: Any) -> Decoder:
+        """The decoder."""
+        from expunge.decoding.autoencoders import from_pipeline
+        from expunge.decoding.distilled import beside, load_clip
+
+        folder = beside(pipeline)
+        if folder is not None and folder.is_dir():
+            return load_clip(None, pipeline)
+        return from_pipeline(pipeline)
+
+
 def check_size(width: int, depth: int) -> None:
     """Refuse a network that group norm cannot split, or none at all.
 

@@ -59,12 +59,14 @@ class HarmDensity(ABC):
         resolution: Side in pixels of what it looks at; larger pictures are resized to it. None when
             it takes any size.
         span: The values that a concept's score can have, (low, high).
+        texts: A prompt for each concept; None where there are only pictures, or names.
     """
 
     names: Sequence[str]
     thresholds: Tensor
     resolution: int | None = None
     span: tuple[float, float] = (0.0, 1.0)
+    texts: Sequence[str] | None = None
 
     @abstractmethod
     def per_concept(self, images: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def read_head(path: str | Path) -> Head:
             with safe_open(file, framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
                 metadata = stored.metadata() or {}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
             f"got head {file}, which cannot be read; allowed: {_ALLOWED}; {error}"
         ) from error
@@ -188,7 +188,12 @@ def read_head(path: str | Path) -> Head:
         # Files of prompt vectors call them what they like.
         tensors = {"prompts": next(iter(tensors.values()))}
     _check_shapes(tensors, file)
-    about = json.loads(metadata.get("expunge", "{}"))
+    try:
+        about = json.loads(metadata.get("expunge", "{}"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"got head {file} with a broken header; allowed: {_ALLOWED}")
     return Head(tensors, about.get("clip", ""), about.get("sha256", ""), about.get("name", ""))
 
 

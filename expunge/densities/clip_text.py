@@ -72,8 +72,12 @@ class ClipText:
 
         clips = [load_clip(name, device, self.thesis_compat) for name in one_or_more(self.clip)]
         threshold = even_odds(clips) if self.threshold is None else self.threshold
+        check_threshold(threshold, -1, 1)
         η = spread_threshold(threshold, texts, device)
-        return Cosine([(clip, clip.encode_texts(texts)) for clip in clips], texts, η, self.top_k)
+        guides = [(clip, clip.encode_texts(texts)) for clip in clips]
+        density = Cosine(guides, texts, η, self.top_k)
+        density.texts = texts
+        return density
 
 
 def even_odds(clips: list[Clip]) -> float:

@@ -56,6 +56,8 @@ class Combined(HarmDensity):
 
         self.parts, self.how = list(parts), how
         self.names = [name for part in parts for name in part.names]
+        texts = [part.texts for part in parts]
+        self.texts = None if None in texts else [text for own in texts for text in own or ()]
         self.thresholds = torch.cat([part.thresholds for part in parts])
         sizes = [part.resolution for part in parts]
         # A part that takes any size may see more in a larger picture than the others do.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from expunge.densities.base import HarmDensity
 
 # The default threshold of `calibrated`, 0.99, takes as many.
-ENOUGH = 100
+ENOUGH = 200
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from expunge import backbones
+    from expunge.densities.calibrated import NEEDED
     from expunge.results import provenance
     from expunge.schema import encode
 
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> None:
             "cpu, cuda, mps, as far as this machine has them"
         ) from error
     density = config.density.build(config.concept, device)
+    _refuse_harmful(prompts, density)
     if config.images is not None:
         pictures, source = _stored(config.images, config.batch_size)
     else:
@@ -123,8 +125,8 @@ def main(argv: list[str]) -> None:
         ) from error
     _report(density, scores)
     if reference.n < ENOUGH:
-        most = reference.n / (reference.n + 1)
-        print(f"only {reference.n} pictures: no threshold above {most:.2f} can be used with them")
+        most = 1 - NEEDED / reference.n
+        print(f"only {reference.n} pictures: no threshold above {most:.3g} can be used with them")
     print(f"{reference.n} pictures, {len(density.names)} concepts in {output}")
 
 
@@ -140,14 +142,17 @@ def _prompts(config: CalibrateConfig) -> list[str]:
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if config.images is None and not prompts:
         raise UserError(f"got no prompt in {config.prompts_file}; allowed: one per line")
-    if config.concept is not None:
-        harmful = [prompt for prompt in prompts if config.concept.mentioned_in(prompt)]
-        if harmful:
-            raise UserError(
-                f"got {harmful[0]!r} among the harmless prompts, which names the concept; allowed: "
-                "prompts without it; remove it"
-            )
     return prompts
+
+
+def _refuse_harmful(prompts: Sequence[str], density: HarmDensity) -> None:
+    """What shows the concept is no reference for what does not."""
+    concept = Concept(targets=list(density.names))
+    if harmful := [prompt for prompt in prompts if concept.mentioned_in(prompt)]:
+        raise UserError(
+            f"got {harmful[0]!r} among the harmless prompts, which names the concept; allowed: "
+            "prompts without it; remove it"
+        )
 
 
 def _stored(folder: str, batch_size: int) -> tuple[Iterator[Tensor], dict[str, Any]]:

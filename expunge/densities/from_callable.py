@@ -103,4 +103,6 @@ class Called(HarmDensity):
 
     def identity(self) -> dict[str, Any]:
         """The function's name; its code is the caller's affair."""
-        return {**super().identity(), "function": getattr(self.function, "__qualname__", "")}
+        f = self.function
+        name = f"{getattr(f, '__module__', '')}:{getattr(f, '__qualname__', type(f).__qualname__)}"
+        return {**super().identity(), "function": name}

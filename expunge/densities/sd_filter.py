@@ -69,7 +69,7 @@ class SdFilter:
                     "allowed: no clip; remove it"
                 )
             path = path / "safety_checker" if (path / "safety_checker").is_dir() else path
-            tensors, clip, names = _read_checker(path, device)
+            (tensors, clip), names = _read_checker(path, device), None
         else:
             if not self.clip and self.file:
                 raise UserError(
@@ -80,11 +80,16 @@ class SdFilter:
 
             tensors, names = _read_concepts(path)
             clip = load_clip(self.clip or "emoji", device)
-        return Filter(clip, tensors, names, self.adjustment, self.top_k)
+        m = len(tensors[_KEYS[1]])
+        # Its authors published no names for the checker's concepts, only their embeddings.
+        shown = names or [f"concept {i}" for i in range(m)]
+        density = Filter(clip, tensors, shown, self.adjustment, self.top_k)
+        density.texts = names
+        return density
 
 
 class Filter(Cosine):
-    """Cosines less the thresholds of a safety checker.
+    """Cosines with a safety checker's concepts, which have a threshold each.
 
     Args:
         clip: Who sees.
@@ -94,8 +99,6 @@ class Filter(Cosine):
         adjustment: Added to every score.
         top_k: K.
     """
-
-    span = (-2.0, 2.0)
 
     def __init__(
         self,
@@ -121,15 +124,22 @@ class Filter(Cosine):
         self.adjustment = adjustment
         # One matrix, so that the picture is encoded once for both kinds.
         vectors = torch.cat([unit(on[_KEYS[0]], dim=1), unit(special, dim=1)])
-        super().__init__([(clip, vectors)], names, torch.zeros_like(self.weights), top_k)
+        super().__init__([(clip, vectors)], names, self.weights.clone(), top_k)
 
     def per_concept(self, images: Tensor) -> Tensor:
-        """The cosine less the threshold, adjusted, (B, M)."""
+        """The cosine, adjusted, (B, M)."""
         cosines = self.cosines(images)
         m = len(self.weights)
         special = cosines[:, m:].detach() > self.special_weights
         care = SPECIAL_CARE * special.any(dim=1, keepdim=True)
-        return cosines[:, :m] - self.weights + self.adjustment + care
+        return cosines[:, :m] + self.adjustment + care
+
+    def combine(self, per_concept: Tensor) -> Tensor:
+        """The mean of the K that are furthest above their thresholds, or least below, (B,)."""
+        if self.top_k is None:
+            return per_concept.mean(dim=1)
+        above = (per_concept - self.thresholds).topk(self.top_k, dim=1).indices
+        return per_concept.gather(1, above).mean(dim=1)
 
     def identity(self) -> dict[str, Any]:
         """The CLIP, the concepts and their thresholds."""
@@ -174,19 +184,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_concepts(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _read_concepts(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     tensors, metadata = _read(path)
     _check(tensors, path)
     found = {key: tensors[key] for key in (*_KEYS, *_SPECIAL_KEYS) if key in tensors}
     m = len(found[_KEYS[1]])
-    names = json.loads(metadata["names"]) if "names" in metadata else _numbered(m)
-    if len(names) != m:
-        raise UserError(f"got {path} with {len(names)} names for {m} concepts; allowed: one each")
+    if "names" not in metadata:
+        return found, None
+    try:
+        names = json.loads(metadata["names"])
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or [type(name) for name in names] != [str] * m:
+        raise UserError(f"got {path} with other names than one text for each of {m} concepts")
     return found, names
 
 
-def _check(tensors: Mapping[str, Tensor], path: Path) -> None:
-    special = [key for key in _SPECIAL_KEYS if key in tensors]
+def _check(tensors: Mapping[str, Tensor], path: Path, *, whole: bool = False) -> None:
+    special = whole or any(key in tensors for key in _SPECIAL_KEYS)
     for embeds, weights in (_KEYS, _SPECIAL_KEYS)[: 2 if special else 1]:
         for key in (embeds, weights):
             if key not in tensors:
@@ -197,14 +212,11 @@ def _check(tensors: Mapping[str, Tensor], path: Path) -> None:
                 f"got {path} with {embeds} {shapes[0]} and {weights} {shapes[1]}; allowed: (M, D) "
                 "and (M,)"
             )
+        if not all(tensors[key].float().isfinite().all() for key in (embeds, weights)):
+            raise UserError(f"got {path} with NaN or infinities in {embeds} or {weights}")
 
 
-def _numbered(m: int) -> list[str]:
-    # Its authors published no names for the checker's concepts, only their embeddings.
-    return [f"concept {i}" for i in range(m)]
-
-
-def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip, list[str]]:
+def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip]:
     """The concepts of a checker's folder and its own eye, strictly: no weight may be missing."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -224,7 +236,7 @@ def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip, l
             "a folder saved by diffusers"
         ) from error
     tensors, _ = _read(folder / "model.safetensors")
-    _check(tensors, folder)
+    _check(tensors, folder, whole=True)
     concepts = {k: tensors.pop(k) for k in (*_KEYS, *_SPECIAL_KEYS) if k in tensors}
     # The published checkpoint nests the tower once more than transformers does today.
     nested, flat = "vision_model.vision_model.", "vision_model."
@@ -245,4 +257,4 @@ def _read_checker(folder: Path, device: Any) -> tuple[dict[str, Tensor], Clip, l
     eye = Clip(
         str(folder), VisionTower(tower), None, (side, side), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     )
-    return concepts, eye.to(device), _numbered(len(concepts[_KEYS[1]]))
+    return concepts, eye.to(device)

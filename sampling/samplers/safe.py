@@ -30,7 +30,7 @@ class Safe(Sampler):
     )
     correction: Correction = field(default_factory=Correction)
     decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("vae")())
-    gate: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("vae")())
+    gate: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("auto")())
     strict: bool = False
     resample: int = 0
 
@@ -44,10 +44,13 @@ class Safe(Sampler):
         """The pipeline, guarded; see `expunge.sampling.guard`."""
         from expunge.sampling.guard import guard
 
-        density = self.density.build(self.require(concept), pipeline.device)
+        concept = self.require(concept)
+        density = self.density.build(concept, pipeline.device)
         return guard(
             pipeline,
             density,
+            # Whatever picture fires, the concept is what it was looked for.
+            texts=density.texts or [", ".join(concept.targets)] * len(density.names),
             decode=self.decoder.build(pipeline),
             look=self.gate.build(pipeline),
             how=self.correction,
@@ -76,3 +79,4 @@ class Published(Safe):
         default_factory=lambda: DENSITIES.load("clip_text")(top_k=1, threshold=0.23)
     )
     correction: Correction = field(default_factory=published_correction)
+    gate: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("vae")())

@@ -17,7 +17,7 @@ from expunge.sampling.safe_scheduler import SafeScheduler
 class Brightness(HarmDensity):
     """p_h is how bright the picture is; differentiable and easily lowered."""
 
-    names = ("a bomb",)
+    names = texts = ("a bomb",)
 
     def __init__(self, η: float):
         self.thresholds = torch.tensor([η])
@@ -92,11 +92,15 @@ def test_only_the_sample_that_fires_is_changed(pipeline) -> None:
         assert torch.equal(mixed[i], plain[i])
 
 
-def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline) -> None:
+SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "PNDM"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> None:
     """e0 + s (ep − e0) − s (e_h − e0) = e0 where the prompt is the concept's text."""
     how = Correction(direction="text", strength=1.0)
-    ddpm = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler = ddpm
+    config = pipeline.scheduler.config
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
     guarded = draw(guard(pipeline, Brightness(0.0), how=how), ["a bomb"])
     empty = draw(pipeline, [""], guidance_scale=1.0)
     assert torch.allclose(guarded, empty, atol=2e-5)
@@ -108,6 +112,93 @@ def test_text_direction_without_guidance_subtracts_once(pipeline) -> None:
     guarded = guard(pipeline, Brightness(0.0), how=Correction(direction="text"))
     found = draw(guarded, ["a bomb"], guidance_scale=1.0)
     assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
+
+
+class Halves(Brightness):
+    """Two concepts: how bright the left half is, and the right one."""
+
+    names = texts = ("a bomb", "a key")
+
+    def __init__(self, left: float, right: float):
+        self.thresholds = torch.tensor([left, right])
+
+    def per_concept(self, images):
+        half = images.shape[-1] // 2
+        means = [x.mean((1, 2, 3)) for x in (images[..., :half], images[..., half:])]
+        return torch.sigmoid(4 * torch.stack(means, 1))
+
+
+def test_every_concept_that_fires_is_steered_away_from(pipeline) -> None:
+    """With one text for both, two that fire count twice: −2 w s (e_h − e0)."""
+    both = guard(pipeline, Halves(0.0, 0.0), texts=["a bomb", "a bomb"], how=Correction())
+    twice = guard(pipeline, Brightness(0.0), how=Correction(strength=2.0))
+    assert torch.allclose(draw(both), draw(twice), atol=1e-5)
+    one = guard(pipeline, Halves(0.0, 2.0), texts=["a bomb", "a key"], how=Correction())
+    assert torch.equal(draw(one), draw(guard(pipeline, Brightness(0.0), how=Correction())))
+
+
+def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> None:
+    class Late(Halves):
+        """The second concept shows up from the third look on."""
+
+        def __init__(self):
+            super().__init__(0.0, 0.5)
+            self.looks = 0
+
+        def per_concept(self, images):
+            self.looks += 1
+            found = torch.zeros(len(images), 2)
+            found[:, 1] = float(self.looks > 2)
+            return found
+
+    late = Late()
+    guarded = guard(pipeline, late, how=Correction())
+    calls = []
+    with_branch = guarded._guard._against_text
+
+    def spy(zero, w):
+        calls.append(guarded._guard.fired.clone())
+        return with_branch(zero, w)
+
+    guarded._guard._against_text = spy
+    draw(guarded)
+    assert [call.all(0).tolist() for call in calls] == [[True, False]] * 2 + [[True, True]] * 2
+    assert late.looks == 3  # everything is known then
+
+
+def test_a_density_that_was_never_asked_is_an_error(pipeline) -> None:
+    late = Correction(direction="gradient", start=0.9)
+    with pytest.raises(RuntimeError, match="never asked in 4 steps"):
+        draw(guard(pipeline, Brightness(0.0), how=late))
+
+
+def test_a_guarded_scheduler_in_another_pipeline_is_an_error(pipeline) -> None:
+    guarded = guard(pipeline, Brightness(0.0))
+    draw(guarded)
+    stranger = copy.copy(pipeline)
+    stranger.scheduler = guarded.scheduler
+    with pytest.raises(RuntimeError, match="outside of its guarded pipeline"):
+        draw(stranger)
+
+
+def test_a_picture_without_a_gradient_is_an_error(pipeline) -> None:
+    class Flat(Brightness):
+        def per_concept(self, images):
+            return super().per_concept(images) * 0 + 1
+
+    with pytest.raises(FloatingPointError, match="saturated"):
+        draw(guard(pipeline, Flat(0.5), how=GRADIENT))
+
+
+def test_what_is_below_zero_is_left_alone(pipeline) -> None:
+    """A cosine that was pushed below 0 has no logarithm, and nothing left to descend."""
+
+    class Signed(Brightness):
+        def per_concept(self, images):
+            return super().per_concept(images) - 2
+
+    latched = Correction(direction="gradient", strength=5.0)
+    assert torch.equal(draw(guard(pipeline, Signed(-3.0), how=latched)), draw(pipeline))
 
 
 def test_the_pipeline_itself_stays_unguarded_and_saves_as_what_it_was(pipeline, tmp_path) -> None:
@@ -220,15 +311,22 @@ def test_strict_draws_again_before_it_withholds(pipeline) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"strength": -1}, {"repeats": 0}, {"copies": 0}, {"momentum": 1.0}, {"start": 1.0}],
+    [{"strength": -1}, {"repeats": 0}, {"copies": 0}, {"momentum": 1.0}, {"start": 1.0},
+     {"strength": float("nan")}, {"schedule": []}, {"schedule": [1.0, -1.0]},
+     {"window": (0.7, 0.3)}],
     ids=str,
-)
+)  # fmt: skip
 def test_impossible_corrections_are_refused(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Correction(**bad)
 
 
 def test_a_text_for_every_concept(pipeline) -> None:
+    class Unnamed(Brightness):
+        texts = None
+
+    with pytest.raises(UserError, match="got 0 texts for 1 concepts"):
+        guard(pipeline, Unnamed(0.5))
     with pytest.raises(UserError, match="texts"):
         guard(pipeline, Brightness(0.5), texts=["a bomb", "a dagger"])
     with pytest.raises(UserError, match="resample without strict"):

@@ -22,6 +22,8 @@ NAMES = [
     "DEISMultistepScheduler",
     "PNDMScheduler",
     "LCMScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
 ]
 KINDS = ["epsilon", "v_prediction", "sample"]
 
@@ -39,8 +41,9 @@ def make(name: str, kind: str = "epsilon", **more):
 class By:
     """Moves the x̂0 of some samples by a constant, and remembers what it was shown."""
 
-    def __init__(self, amount: float, rows=slice(None)):
+    def __init__(self, amount: float, rows=slice(None), keeps_noise=True):
         self.amount, self.rows, self.seen = amount, rows, []
+        self.keeps_noise = keeps_noise
 
     def correction(self, scheduler, output, t, x_t):
         self.seen.append(prediction.level(scheduler, t).x0(output, x_t))
@@ -72,7 +75,10 @@ def sample(scheduler, batch=3, steps=6):
 
 
 # Schedulers that cannot predict the sample itself.
-NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
+NO_SAMPLE = (
+    "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)  # fmt: skip
 CASES = [(n, k) for n in NAMES for k in KINDS if not (n in NO_SAMPLE and k == "sample")]
 
 
@@ -104,8 +110,8 @@ def test_the_corrector_sees_the_schedulers_own_x0(name, kind) -> None:
             told += 1
             torch.testing.assert_close(spy.seen[-1], own, atol=2e-4, rtol=1e-4)
         x = done.prev_sample
-    if name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"):
-        assert told == 5
+    if not any(word in name for word in ("Heun", "DPMSolver", "UniPC", "DEIS", "PNDM", "LCM")):
+        assert told == len(scheduler.timesteps)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -134,6 +140,31 @@ def test_a_ddim_step_is_the_published_formula(kind, eta) -> None:
         expected = a_before.sqrt() * (x0 + 0.37) + (1 - a_before - σ**2).sqrt() * ε + σ * z
         assert (found.prev_sample - expected).abs().max() < 1e-6
         torch.testing.assert_close(found.pred_original_sample, x0 + 0.37, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddim_may_also_be_given_the_corrected_prediction(kind) -> None:
+    safe = safe_scheduler(make("DDIMScheduler", kind), By(0.3, keeps_noise=False))
+    plain = make("DDIMScheduler", kind)
+    for scheduler in (safe, plain):
+        scheduler.set_timesteps(10)
+    x, output = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = plain.timesteps[3]
+    moved = output + 0.3 * prediction.level(plain, t).slope
+    torch.testing.assert_close(safe.step(output, t, x), plain.step(moved, t, x))
+
+
+def test_one_guard_does_not_change_the_signature_of_another() -> None:
+    first = safe_scheduler(make("EulerAncestralDiscreteScheduler"), By(0))
+    safe_scheduler(make("PNDMScheduler"), By(0))
+    assert "generator" in inspect.signature(first.step).parameters
+
+
+def test_guarding_takes_nothing_from_the_global_random_numbers() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    safe_scheduler(make("EulerAncestralDiscreteScheduler"), By(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)
