@@ -82,7 +82,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     """
     from expunge.eval.harness import changed
     from expunge.eval.report import Evaluation, print_table, write_report
-    from expunge.eval.store import ImageStore
+    from expunge.eval.store import ImageStore, content_hash
     from expunge.eval.suite import load_suite
 
     started = time.monotonic()
@@ -92,6 +92,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     settings = _settings(config) | {
         "suite": suite.sha256(),
         "concept": list(plan.tested.texts),
+        "prompt list": content_hash([[case.prompt, case.seed] for case in plan.cases]),
         "detector": detector.protocol(),
     }
     _refuse_another(config, settings)
@@ -103,6 +104,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     for name in [label, "base"] if guarded and config.base else [label]:
         generator = _generator(config, suite, erased=name != "base")
         if name == label:
+            _refuse_own_judge(detector.protocol(), generator.identity())
             fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
         _claim(config.output_dir, settings, name, generator.identity())
         outcomes[name] = _evaluate(config, suite, plan, detector, generator, store, name)
@@ -161,10 +163,10 @@ def _generator(config: EvalConfig, suite: Any, *, erased: bool) -> Any:
     sampler: str | dict[str, Any] = PLAIN
     if erased and not _plain(config):
         concept = Concept(targets=_concept(config))
-        pipeline = config.sampler.wrap(pipeline, concept)
+        plain, pipeline = pipeline, config.sampler.wrap(pipeline, concept)
         sampler = _sampler(config) | {
             "concept": asdict(concept),
-            "resolved": config.sampler.identity(concept),
+            "resolved": config.sampler.identity(plain, concept),
         }
     return PipelineGenerator(
         pipeline,
@@ -249,11 +251,23 @@ def _refuse_another(config: EvalConfig, settings: dict[str, Any]) -> None:
         return
     known = _read_run(folder)["settings"]
     changed = [key for key in settings if known.get(key) != settings[key]]
+    # The list follows from concept and limit too; only if it alone is another does it say more.
+    changed = [key for key in changed if key != "prompt list"] or changed
     if changed:
         raise UserError(
             f"got output folder {folder}, which holds an evaluation with another "
             f"{' and '.join(changed)}; allowed: the same one (it resumes) or a new folder; choose "
             "another --output_dir, or say --overwrite true"
+        )
+
+
+def _refuse_own_judge(protocol: dict[str, Any], identity: dict[str, Any]) -> None:
+    """The CLIP that guides never judges."""
+    guides = json.dumps(identity["sampler"])
+    if any(clip in guides for clip in protocol.get("clips", [])):
+        raise UserError(
+            "got a suite whose detector sees through the CLIP that guides the sampler; allowed: an "
+            "independent judge; change one of them"
         )
 
 

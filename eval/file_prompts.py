@@ -49,7 +49,8 @@ class FilePrompts:
             raise UserError(f"got limit {limit}; allowed: a positive number of prompts")
         rows = self._rows()
         if limit is not None:
-            rows = [rows[i * len(rows) // limit] for i in range(min(limit, len(rows)))]
+            n = min(len(rows), -(-limit // self.repeat))
+            rows = [rows[i * len(rows) // n] for i in range(n)]
         questions = tuple(Question(metric, tuple(labels)) for metric, labels in self.asks.items())
         cases = tuple(
             Case(prompt, seed + i, self.group, self.group, questions)
@@ -57,7 +58,7 @@ class FilePrompts:
             for i in range(self.repeat)
         )
         labels = {label: None for question in questions for label in question.labels}
-        return Plan(Tested(tuple(concept), tuple(labels)), cases)
+        return Plan(Tested(tuple(concept), tuple(labels)), cases[:limit])
 
     def _rows(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each row."""
@@ -70,22 +71,27 @@ class FilePrompts:
             text = self.path.read_text(encoding="utf-8-sig")
             table: list[dict[str, Any]]
             if suffix == ".txt":
-                table = [{self.prompt: line} for line in text.splitlines() if line.strip()]
+                table = [{self.prompt: line} for line in text.split("\n") if line.strip()]
             elif suffix == ".csv":
                 table = list(csv.DictReader(io.StringIO(text, newline="")))
             else:
-                table = [json.loads(line) for line in text.splitlines() if line.strip()]
+                table = [json.loads(line) for line in text.split("\n") if line.strip()]
             return [self._row(row, number) for number, row in enumerate(table)] or self._empty()
         except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
             raise UserError(f"got prompts {self.path}, which cannot be read: {error}") from error
 
     def _row(self, row: dict[str, Any], number: int) -> tuple[str, int]:
+        if not isinstance(row, dict) or None in row:
+            raise UserError(
+                f"got row {number + 1} of {self.path} with more fields than columns, or no fields; "
+                'allowed: one for each column; put prompts with commas in "quotes"'
+            )
         for column in (self.prompt, self.seed):
             if column is not None and row.get(column) is None:
                 raise unknown_name(f"column of {self.path.name}", column, list(row))
         seed = number * self.repeat if self.seed is None else row[self.seed]
         try:
-            return str(row[self.prompt]), int(seed)
+            return str(row[self.prompt]).strip(), int(seed)
         except ValueError as error:
             raise UserError(
                 f"got seed {seed!r} in row {number + 1} of {self.path}; allowed: a whole number"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from expunge.errors import UserError
 from expunge.eval.cases import Case, Observation
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import Generator
@@ -80,7 +81,10 @@ def evaluate(
     """
     asked = {label for case in cases for q in case.questions for label in q.labels}
     if missing := asked - detector.labels:
-        raise ValueError(f"the detector has no label {', '.join(sorted(missing))}")
+        raise UserError(
+            f"got a suite that asks for {', '.join(sorted(missing))}; allowed: what its detector "
+            f"tells: {', '.join(sorted(detector.labels)[:8])}…"
+        )
     if unknown := {q.metric for case in cases for q in case.questions} - set(metrics):
         raise ValueError(f"the suite has no metric {', '.join(sorted(unknown))}")
     keys, generated = produce(generator, cases, store, batch_size=batch_size, label=label)

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from expunge.errors import UserError
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -26,12 +28,12 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not self.targets or not all(target.strip() for target in self.targets):
-            raise ValueError(
+            raise UserError(
                 f"got targets {self.targets}; allowed: one text or more, none of them empty; "
                 "say for example --concept.targets '[\"a bomb\"]'"
             )
         if not self.templates or not all(t.count("{}") == 1 for t in self.templates):
-            raise ValueError(
+            raise UserError(
                 f"got templates {self.templates}; allowed: one text or more, each with one {{}}"
             )
         if not self.name:

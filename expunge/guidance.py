@@ -41,10 +41,7 @@ def gradient(
         x = x0.detach().clone().requires_grad_()
         images = decode(x)
         scores = torch.stack(
-            [
-                density(view(images, seed + i) if copies > 1 else images).score
-                for i in range(copies)
-            ]
+            [density(view(images, seed + i) if copies > 1 else images).score for i in range(copies)]
         )
         (g,) = torch.autograd.grad(log_density(scores).mean(0).sum(), x)
     if not torch.isfinite(g).all():

@@ -158,7 +158,8 @@ def previous_alpha_bar(scheduler: Any, t: Any) -> float:
 
 def _sigma(scheduler: Any, index: int) -> Any:
     if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
-        # The second call of a step of KDPM2 is between two levels; its ancestral kind counts from 1.
+        # The second call of a step of KDPM2 is between two levels; the ancestral kind's index is
+        # one ahead.
         return scheduler.sigmas_interpol[index - hasattr(scheduler, "sigmas_down")]
     return scheduler.sigmas[index]
 

@@ -25,6 +25,7 @@ class Branch:
         self.pipeline = pipeline
         self._texts: dict[str, Text] = {}
         self._call: tuple[Tensor, Any, dict[str, Any], Tensor] | None = None
+        self.samples = 0
 
     def __enter__(self) -> Branch:
         # The UNet is shared with the unguarded original, which another thread may be using.
@@ -48,19 +49,27 @@ class Branch:
         """
         output = self._last()[3]
         if self._guided:
-            half = len(output) // 2
+            half = self._half(output)
             return self._again(rows + half, texts), output[:half][rows], self._scale
         both = self._again(torch.cat([rows, rows]), [*texts, *[""] * len(texts)])
         e_h, e_0 = both.chunk(2)
         return e_h, e_0, 1.0
 
     def guidance_rms(self, rows: Tensor) -> Tensor:
-        """How strong guidance is: s · RMS(ep − e0), (R,); without it RMS of the prediction."""
+        """How strong guidance is in the prediction: s · RMS(ep − e0), (R,); without it its RMS."""
         output = self._last()[3]
         if not self._guided:
             return guidance.rms(output[rows])
-        e_0, e_p = output.chunk(2)
-        return self._scale * guidance.rms((e_p - e_0)[rows])
+        half = self._half(output)
+        return self._scale * guidance.rms((output[half:] - output[:half])[rows])
+
+    def _half(self, output: Tensor) -> int:
+        if len(output) != 2 * self.samples:
+            raise RuntimeError(
+                f"the UNet was called with {len(output)} samples for {self.samples} pictures; a "
+                "guard knows pairs, without the prompt and with it"
+            )
+        return self.samples
 
     @property
     def _guided(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
+from expunge.errors import UserError
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.base import no_concept
 from expunge.schema import encode
@@ -37,6 +38,9 @@ class SampleConfig:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
     )
+    plot: bool = field(
+        default=False, metadata={"help": "draw what a guard saw in every step, trace.png"}
+    )
     batch_size: int = 16
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     overwrite: bool = False
@@ -64,6 +68,7 @@ def main(argv: list[str]) -> None:
     from expunge.generation import generate
     from expunge.results import fresh_output_dir, provenance, write_json_atomic
     from expunge.sampling.load import load_model
+    from expunge.sampling.trace import draw
 
     folder = Path(config.output_dir)
     if config.overwrite and not (folder / SAMPLES).is_file():
@@ -76,6 +81,10 @@ def main(argv: list[str]) -> None:
         guidance = backbones.recommended_guidance(config.model)
     pipeline = load_model(config.model, config.lora, config.lora_scale, device=device)
     pipeline = config.sampler.wrap(pipeline, concept)
+    if config.plot and not hasattr(pipeline, "trace"):
+        raise UserError(
+            "got plot for a sampler that asks no density; allowed: safe, published; remove --plot"
+        )
     fresh_output_dir(folder, config.overwrite)
     rows, records = [], []
     jobs = [(p, config.seed + i) for p in config.prompt for i in range(config.images_per_prompt)]
@@ -92,15 +101,19 @@ def main(argv: list[str]) -> None:
                 batch_size=config.batch_size,
             )
             seconds = (time.perf_counter() - begun) / len(part)
+            trace = getattr(pipeline, "trace", None)
             for index, ((prompt, seed), image) in enumerate(zip(part, images, strict=True)):
                 name = f"{start + index:04d}-seed-{seed}.png"
                 rows.append(pictures.to_pil(image))
                 pictures.save_png(rows[-1], folder / name)
-                records.append({"file": name, "prompt": prompt, "seed": seed, "seconds": seconds})
+                about = {"file": name, "prompt": prompt, "seed": seed, "seconds": seconds}
+                records.append(about if trace is None else about | trace.of(index))
             bar.update(len(part))
     n = config.images_per_prompt
     grid = [rows[i : i + n] for i in range(0, len(rows), n)]
     pictures.save_png(pictures.sheet(grid, config.prompt), folder / "grid.png")
+    if config.plot:
+        draw(records, pipeline.thresholds, folder / "trace.png")
     write_json_atomic(
         folder / SAMPLES,
         {
@@ -115,4 +128,6 @@ def main(argv: list[str]) -> None:
             "provenance": provenance(),
         },
     )
+    if withheld := sum(record.get("withheld", False) for record in records):
+        print(f"{withheld} of {len(rows)} pictures still showed the concept: withheld, left black")
     print(f"{len(rows)} pictures in {folder}; all at once: {folder / 'grid.png'}")

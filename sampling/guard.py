@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,42 +13,12 @@ from expunge import guidance, prediction
 from expunge.densities.base import HarmDensity
 from expunge.errors import UserError
 from expunge.guidance import Decode
+from expunge.prediction import Level
 from expunge.sampling.branch import Branch
 from expunge.sampling.correction import Correction
 from expunge.sampling.graft import graft
 from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the guard saw and did in one denoising step, for the B samples of a call.
-
-    Attributes:
-        t: The timestep.
-        score: p_h, NaN where it was not asked.
-        fired: Whether the sample was corrected.
-        seconds: What that took.
-    """
-
-    t: float
-    score: list[float]
-    fired: list[bool]
-    seconds: float
-
-
-@dataclass
-class Trace:
-    """One call of a guarded pipeline.
-
-    Attributes:
-        steps: In order.
-        final: p_h of the finished pictures; empty when it was not asked.
-        withheld: Which pictures were withheld.
-    """
-
-    steps: list[Step] = field(default_factory=list)
-    final: list[float] = field(default_factory=list)
-    withheld: list[bool] = field(default_factory=list)
+from expunge.sampling.trace import Step, Trace
 
 
 class Guard:
@@ -117,6 +86,7 @@ class Guard:
         level, progress = prediction.level(scheduler, t), _progress(scheduler, t)
         if i == 0:
             self.fired = self.fired.new_zeros(len(x_t), self.fired.shape[1]).to(x_t.device)
+            self.branch.samples = len(x_t)
         x0 = level.x0(output.float(), x_t.float())
         score = torch.full((len(x_t),), float("nan"))
         if progress >= self.how.start:
@@ -131,7 +101,7 @@ class Guard:
                 Δ = self._against_text(Δ, γ) / level.slope
             else:
                 rows = fired.nonzero().flatten()
-                Δ[rows] = self._down_gradient(x0, rows, γ, i)
+                Δ[rows] = self._down_gradient(x0, rows, γ, i, level)
         self.trace.steps.append(
             Step(float(t), score.tolist(), fired.tolist(), time.perf_counter() - begun)
         )
@@ -155,14 +125,15 @@ class Guard:
         e_h, e_0, s = self.branch.predict(rows, [self.texts[c] for c in concepts.tolist()])
         return zero.index_add(0, rows, -w * s * (e_h - e_0).float())
 
-    def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int) -> Tensor:
+    def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int, level: Level) -> Tensor:
         how, start = self.how, x0[rows]
         if self.velocity is None:
             self.velocity = torch.zeros_like(x0)
         reference = None
         if how.scale == "normalised":
             assert self.branch is not None
-            reference = self.branch.guidance_rms(rows)
+            # In ε, which is what MPGD measures, whatever the network predicts.
+            reference = self.branch.guidance_rms(rows) * level.α / (level.σ * abs(level.slope))
         x = start
         for r in range(how.repeats):
             g = guidance.gradient(x, self.density, self.decode, how.copies, seed=1000 * i + 50 * r)
@@ -199,6 +170,11 @@ class Guarded:
     def trace(self) -> Trace:
         """The steps of the last call, final scores, and what was withheld."""
         return self._guard.trace
+
+    @property
+    def thresholds(self) -> list[float]:
+        """η of each concept."""
+        return [float(η) for η in self._guard.density.thresholds]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call.

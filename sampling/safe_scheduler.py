@@ -32,9 +32,10 @@ class SafeScheduler:
 
     Under DDIM a corrector that `keeps_noise` moves x̂0 alone, as published (arXiv 2505.08817):
     x_{t−1} = √ᾱ_{t−1} (x̂0 + Δ) + √(1 − ᾱ_{t−1} − σ²) ε + σ z.
-    Otherwise, and under every other scheduler, the step is given the prediction that belongs to x̂0 + Δ, so that the history of a
-    multistep solver holds corrected predictions too. Without a correction the scheduler's own
-    `step` sees what it would have seen, bit by bit, and samples that are not corrected keep theirs.
+    Otherwise, and under every other scheduler, the step is given the prediction that belongs to
+    x̂0 + Δ, so that the history of a multistep solver holds corrected predictions too. Without a
+    correction the scheduler's own `step` sees what it would have seen, bit by bit, and samples that
+    are not corrected keep theirs.
     """
 
     corrector: Corrector

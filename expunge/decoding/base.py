@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ class Decoder:
         self.up = up
         self._device: torch.device | None = None
 
+    def sha256(self) -> str:
+        """Hash of its weights."""
+        return digest_of(self.network.state_dict().items())
+
     def __call__(self, latents: Tensor) -> Tensor:
         """Pictures of latents, a few at a time.
 
@@ -63,6 +68,15 @@ def latent_channels(pipeline: Any) -> int:
 def vae_factor(vae: Any) -> int:
     """Pixels for each latent along a side, of a diffusers autoencoder."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def digest_of(state: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state):
+        digest.update(f"{key} {tuple(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def digests(vae: Any) -> dict[str, str]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # More order statistics than this change no percentile that one could tell apart.
 MOST = 2048
-# A threshold η takes NEEDED / (1 − η) pictures. At twice the least that could reach it, it is reached
-# from 3.1 standard deviations above the mean on; the exact 99 % are at 2.3 (ten times: 2.5).
+# A threshold η takes NEEDED / (1 − η) pictures, twice the least that could reach it at all: 0.99 is
+# then reached from 3.1 standard deviations on, with ten times as many from 2.5; exactly, from 2.3.
 NEEDED = 2
 # Of the kernel: its tail falls as z⁻⁴, its standard deviation is √(16/3).
 TAIL = 4.0

@@ -28,8 +28,12 @@ class Sampler(ABC):
             UserError: There is no concept where one is needed, or the pipeline does not fit.
         """
 
-    def identity(self, concept: Concept | None) -> dict[str, Any]:
-        """What determines its pictures besides its own fields and the concept, as JSON values."""
+    def identity(self, pipeline: Any, concept: Concept | None) -> dict[str, Any]:
+        """What determines its pictures besides its own fields, the model and the concept.
+
+        Returns:
+            JSON values: above all the hashes of weights that its fields only name.
+        """
         return {}
 
     def require(self, concept: Concept | None) -> Concept:

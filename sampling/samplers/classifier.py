@@ -10,6 +10,7 @@ from expunge.concepts import Concept
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
 from expunge.sampling.samplers.base import Sampler
+from expunge.sampling.samplers.safe import density_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +46,14 @@ class Classifier(Sampler):
 
     def wrap(self, pipeline: Any, concept: Concept | None) -> Any:
         """The pipeline under the density of the concept, and the decoder of its latents."""
-        density = self.density.build(self.require(concept), pipeline.device)
+        density = density_of(self.density, self.require(concept), pipeline)
         decode = self.decoder.build(pipeline)
         return classifier_guidance(pipeline, density, decode, self.strength, self.gate)
 
-    def identity(self, concept: Concept | None) -> dict[str, Any]:
-        """What the density's scores depend on."""
-        return {"density": self.density.build(self.require(concept)).identity()}
+    def identity(self, pipeline: Any, concept: Concept | None) -> dict[str, Any]:
+        """The weights of density and decoder."""
+        density = density_of(self.density, self.require(concept), pipeline)
+        return {"density": density.identity(), "decoder": self.decoder.build(pipeline).sha256()}
 
 
 def classifier_guidance(

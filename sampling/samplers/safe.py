@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
+from expunge.errors import UserError
 from expunge.sampling.correction import Correction
 from expunge.sampling.samplers.base import Sampler
+
+LARGEST_ICON = 128  # pixels; the bundled model draws 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Safe(Sampler):
         from expunge.sampling.guard import guard
 
         concept = self.require(concept)
-        density = self.density.build(concept, pipeline.device)
+        density = density_of(self.density, concept, pipeline)
         return guard(
             pipeline,
             density,
@@ -58,9 +62,34 @@ class Safe(Sampler):
             resample=self.resample,
         )
 
-    def identity(self, concept: Concept | None) -> dict[str, Any]:
-        """What the density's scores depend on."""
-        return {"density": self.density.build(self.require(concept)).identity()}
+    def identity(self, pipeline: Any, concept: Concept | None) -> dict[str, Any]:
+        """The weights of density and decoders."""
+        density = density_of(self.density, self.require(concept), pipeline)
+        return {
+            "density": density.identity(),
+            "decoder": self.decoder.build(pipeline).sha256(),
+            "gate": self.gate.build(pipeline).sha256(),
+        }
+
+
+def density_of(config: Any, concept: Concept, pipeline: Any) -> Any:
+    """The density for a pipeline's pictures.
+
+    Raises:
+        UserError: It sees through the bundled guide, and the model draws other pictures than icons.
+    """
+    from expunge.clip import load_clip
+    from expunge.decoding.base import vae_factor
+
+    density = config.build(concept, pipeline.device)
+    side = pipeline.unet.config.sample_size
+    side = min(side if isinstance(side, (list, tuple)) else [side]) * vae_factor(pipeline.vae)
+    if side > LARGEST_ICON and load_clip("emoji").sha256 in json.dumps(density.identity()):
+        raise UserError(
+            f"got the emoji guide, which knows icons of 64 pixels, for a model of {side}; allowed: "
+            "a CLIP of such pictures; say --sampler.density.clip ViT-B-16/openai"
+        )
+    return density
 
 
 def published_correction() -> Correction:

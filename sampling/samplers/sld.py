@@ -59,7 +59,7 @@ class Sld(Sampler):
         given = {k: v for k, v in asdict(self).items() if k != "preset" and v is not None}
         return SldStrength(**(asdict(SLD_PRESETS[self.preset]) | given))
 
-    def identity(self, concept: Concept | None) -> dict[str, Any]:
+    def identity(self, pipeline: Any, concept: Concept | None) -> dict[str, Any]:
         """What the preset stands for."""
         return {"strength": asdict(self.strength)}
 

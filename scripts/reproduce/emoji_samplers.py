@@ -1,6 +1,6 @@
 """Every way to guard sampling, on the bundled model, in one table.
 
-    python scripts/reproduce/emoji_samplers.py --output_dir D [--limit 24] [--only safe,published]
+    python scripts/reproduce/emoji_samplers.py --output_dir D [--limit 24] [--only 'safe; SAFREE']
 
 Each sampler is one `expunge eval` with a common store of pictures; killed, it goes on where it was.
 Writes D/table.md and D/table.json. Beside the suite's metrics: pictures changed among those whose

@@ -48,20 +48,23 @@ def features_of(model: str, clip: str) -> Features:
 def kid(x: Tensor, y: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy under k(a, b) = (a·b / d + 1)³ (arXiv 1801.01401).
 
+    Pictures come in pairs of one prompt and seed, which are not independent: pairs are left out of
+    the cross term as a picture and itself are of the others.
+
     Args:
         x: Features (n, d).
-        y: Features (m, d).
+        y: Features (n, d), of the same prompts and seeds in the same order.
     """
     x, y = x.double(), y.double()
 
     def k(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def within(a: Tensor) -> Tensor:
-        table = k(a, a)
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        table = k(a, b)
         return (table.sum() - table.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return float(within(x) + within(y) - 2 * k(x, y).mean())
+    return float(mean(x, x) + mean(y, y) - 2 * mean(x, y))
 
 
 def row(

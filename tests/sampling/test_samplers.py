@@ -18,6 +18,7 @@ from expunge.configuration import dump, load, parse
 from expunge.densities.base import HarmDensity
 from expunge.errors import UserError
 from expunge.sampling.command import SampleConfig
+from expunge.sampling.correction import Correction
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.base import Sampler
 from expunge.sampling.samplers.sld import Sld
@@ -32,6 +33,8 @@ STRONG = {
     "sld": {"preset": "max"},
     "safree": {"alpha": 0.0, "offset": -100.0},
     "classifier": {"strength": 100.0},
+    "safe": {"correction": Correction(strength=3.0)},
+    "published": {},
 }
 
 
@@ -109,8 +112,8 @@ class TestContract:
         assert type(again.scheduler) is type(pipeline.scheduler)
         assert torch.equal(draw(again), draw(pipeline))
 
-    def test_its_identity_is_json(self, name: str) -> None:
-        json.dumps(strong(name).identity(BOMB))
+    def test_its_identity_is_json(self, name: str, pipeline: Any) -> None:
+        json.dumps(strong(name).identity(pipeline, BOMB))
 
     def test_is_documented_with_every_setting(self, name: str) -> None:
         text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
@@ -127,7 +130,8 @@ def test_no_sampler_imports_torch_to_be_configured() -> None:
         "from expunge.sampling.command import SampleConfig\n"
         "from expunge.configuration import help_text, parse\n"
         "help_text(SampleConfig)\n"
-        "for name in ('plain', 'negative_prompt', 'sld', 'safree'):\n"
+        "for name in ('plain', 'negative_prompt', 'sld', 'safree', 'safe', 'published', "
+        "'classifier'):\n"
         "    argv = ['--output_dir', 'x', '--prompt', 'y', '--concept', 'z', '--sampler', name]\n"
         "    parse(SampleConfig, argv)\n"
         "sys.exit('torch' in sys.modules)\n"
@@ -143,7 +147,8 @@ def test_a_preset_is_a_start_for_what_is_not_given() -> None:
         "momentum_scale": 0.5,
         "momentum": 0.2,
     }
-    assert Sld(preset="strong").identity(BOMB) != Sld(preset="weak").identity(BOMB)
+    strong, weak = (Sld(preset=preset).identity(None, BOMB) for preset in ("strong", "weak"))
+    assert strong != weak
 
 
 @pytest.mark.parametrize(
