@@ -67,13 +67,15 @@ def probe(
     return result
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> Measurement:
+def rank_correlation(a: Tensor, b: Tensor, independent: int | None = None) -> Measurement:
     """Spearman's ρ of two lists of N scores, with its 95 % interval; None where all are equal.
+
+    Of stages of the same pictures only the pictures are `independent`: the interval counts those.
 
     The interval is tanh(atanh ρ ± 1.96 √((1 + ρ²/2) / (N − 3))) (Bonett and Wright, 2000,
     https://doi.org/10.1007/BF02294183).
     """
-    n = len(a)
+    n = independent or len(a)
     x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt((x @ x).item() * (y @ y).item())
@@ -88,10 +90,10 @@ def rank_correlation(a: Tensor, b: Tensor) -> Measurement:
     return Measurement(ρ, low, high, n, higher_is_better=True)
 
 
-def gradient_cosine(a: Tensor, b: Tensor) -> Measurement:
+def gradient_cosine(a: Tensor, b: Tensor, independent: int | None = None) -> Measurement:
     """Mean cosine of gradients (N, D), with 1.96 standard errors about it.
 
-    A gradient of zero has no direction: it counts as unknown.
+    `independent` as for `rank_correlation`. A gradient of zero has no direction: it counts as unknown.
     """
     # √(aa · bb), not √aa √bb: of a vector with itself it is 1 to the bit.
     scale = ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
@@ -101,6 +103,7 @@ def gradient_cosine(a: Tensor, b: Tensor) -> Measurement:
     if n == 0:
         return Measurement(None, None, None, 0, higher_is_better=True, unknown=unknown)
     mean = cosine.mean().item()
+    n = min(n, independent or n)
     half = Z95 * cosine.std().item() / math.sqrt(n) if n > 1 else 1.0
     low, high = max(-1.0, mean - half), min(1.0, mean + half)
     return Measurement(mean, low, high, n, higher_is_better=True, unknown=unknown)
@@ -154,8 +157,10 @@ def report(
 
 
 def _compare(own: Probe, exact: Probe) -> dict[str, Any]:
-    ρ = rank_correlation(own.scores.flatten(), exact.scores.flatten())
-    cosine = gradient_cosine(own.gradients.flatten(0, 1), exact.gradients.flatten(0, 1))
+    pictures = own.scores.shape[1]
+    ρ = rank_correlation(own.scores.flatten(), exact.scores.flatten(), pictures)
+    gradients = own.gradients.flatten(0, 1), exact.gradients.flatten(0, 1)
+    cosine = gradient_cosine(*gradients, pictures)
     return {"rank_correlation": ρ.to_dict(), "gradient_cosine": cosine.to_dict()}
 
 

@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     # torch is imported late so that --help and mistakes answer at once.
     import time
 
+    import torch
+
     from expunge import backbones
     from expunge.decoding import distilled
     from expunge.results import fresh_output_dir, provenance, sha256_file, write_json_atomic
@@ -87,6 +89,10 @@ def main(argv: list[str]) -> None:
     pipeline = backbones.load_pipeline(config.model, device=device)
     header = _header(config, pipeline)
     density = config.density.build(None, device) if config.density is not None else None
+    if density is not None:
+        # What the density cannot do should not be found out after minutes of learning.
+        blank = torch.zeros(1, 1, *backbones.latent_shape(pipeline))
+        _probe(pipeline, density, blank, device)
     fresh_output_dir(folder, config.overwrite)
 
     latents = _sample(config, pipeline, prompts)
@@ -227,6 +233,13 @@ def _distil(
         ],
     }
     return clip, linear, held, losses, quality
+
+
+def _probe(pipeline: Any, density: Any, latents: Tensor, device: str) -> None:
+    from expunge.decoding import Vae
+    from expunge.decoding.agreement import probe
+
+    probe(Vae().build(pipeline), density, latents, device, 1)
 
 
 def _agreement(

@@ -53,7 +53,7 @@ def test_a_function_of_one_score_per_picture_will_do() -> None:
 def test_a_function_by_name() -> None:
     density = FromCallable("expunge.densities.thresholds:one_or_more").build()
     assert list(density.names) == ["one_or_more"]
-    assert density.identity()["function"] == "one_or_more"
+    assert density.identity()["function"] == "expunge.densities.thresholds:one_or_more"
     for name in ("torch:no_such", "no_such_module:f", "torch:float32"):
         with pytest.raises(UserError, match=f"got (function )?{name}"):
             FromCallable(name).build()

@@ -173,7 +173,7 @@ def test_too_few_pictures_for_a_threshold_are_refused(file: str, tiny_clip: str)
     with pytest.raises(UserError, match=r"0\.99 for a calibration of 40 pictures"):
         Calibrated(inner, file).build()
     # Together the two concepts have twice as many scores.
-    assert Calibrated(inner, file, scale="pooled", threshold=0.98).build().fires
+    assert Calibrated(inner, file, scale="pooled", threshold=0.97).build().fires
     with pytest.raises(UserError, match="of 40 pictures"):
         Calibrated(inner, file, threshold=0.98).build()
 

@@ -68,9 +68,10 @@ def test_it_says_what_the_checker_says(checker: str) -> None:
     assert care.any()
     assert not care.all()
     harm = ours(images)
-    torch.testing.assert_close(harm.per_concept, table + 0.01 * care, rtol=0, atol=1e-5)
+    above = harm.per_concept - ours.thresholds
+    torch.testing.assert_close(above, table + 0.01 * care, rtol=0, atol=1e-5)
     # The checker rounds its scores to three digits and asks whether they are above 0.
-    clear = harm.per_concept.amax(1).abs() > 1e-3
+    clear = above.amax(1).abs() > 1e-3
     assert clear.sum() > 32
     assert harm.exceeds(ours.thresholds)[clear].tolist() == torch.tensor(unsafe)[clear].tolist()
     assert 0 < sum(unsafe) < 64
@@ -104,7 +105,9 @@ def test_the_adjustment_is_added_and_its_score_has_a_gradient(checker: str) -> N
     plain, strict = (SdFilter(checker, adjustment=a).build() for a in (0.0, 0.05))
     harm = plain(x)
     torch.testing.assert_close(strict(x).per_concept, harm.per_concept + 0.05)
-    torch.testing.assert_close(harm.score, harm.per_concept.amax(1))
+    # The concept that is furthest above its own threshold, not that of the largest cosine.
+    most = (harm.per_concept - plain.thresholds).argmax(1)
+    torch.testing.assert_close(harm.score, harm.per_concept[torch.arange(2), most])
     harm.score.sum().backward()
     assert x.grad.abs().sum() > 0
 
@@ -128,8 +131,9 @@ def test_a_file_of_concepts_is_read_with_the_clip_that_is_named(
     assert density.names == ["a bomb", "a skull"]
     guide = load_clip(tiny_clip)
     cosines = guide.encode_images(drawn("red", 3)) @ guide.encode_texts(density.names).T
-    expected = cosines - torch.tensor([0.1, 0.2])
-    torch.testing.assert_close(density(drawn("red", 3)).per_concept, expected)
+    torch.testing.assert_close(density(drawn("red", 3)).per_concept, cosines)
+    torch.testing.assert_close(density.thresholds, torch.tensor([0.1, 0.2]))
+    assert density.texts == density.names
 
 
 def rewrite(path: str, **changes: torch.Tensor | None) -> str:
