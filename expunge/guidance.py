@@ -93,6 +93,23 @@ def smooth(x: Tensor, σ: float) -> Tensor:
     return F.conv2d(rows, kernel[:, :, :, None], groups=x.shape[1])
 
 
+def shared(d: Tensor, h: Tensor, σ: float) -> Tensor:
+    """The part of a guidance d that goes towards a concept, place by place, (B, C, h, w).
+
+    a ⊙ h with a = max(0, ⟨d, h⟩ / ⟨h, h⟩), the inner products over channels and a Gaussian window.
+    Where the picture shows the concept, the prompt's d = ep − e0 and the concept's h = e_h − e0 pull
+    alike, and a is near 1; where it shows something else they do not, and nothing is taken away.
+    Ours; Perp-Neg (arXiv 2304.04968) projects whole predictions, and keeps the other part.
+
+    Args:
+        d: Guidance of the prompt.
+        h: Guidance of the concept.
+        σ: Standard deviation of the window, in latent pixels.
+    """
+    dh, hh = (smooth((x * h).sum(1, keepdim=True), σ) for x in (d, h))
+    return (dh / hh.clamp(min=1e-12)).clamp(min=0) * h
+
+
 def published(g: Tensor, γ: float) -> Tensor:
     """Δx̂0 = −γ ∇log p_h (arXiv 2505.08817)."""
     return -γ * g

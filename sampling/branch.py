@@ -37,8 +37,8 @@ class Branch:
         self._handle.remove()
         self._call = None
 
-    def predict(self, rows: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """(e_h, e_0, s) of some samples, each (R, C, h, w): under these texts and under none.
+    def predict(self, rows: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """(e_h, e_p, e_0, s) of some samples, each (R, C, h, w): under these texts, the prompt, none.
 
         Args:
             rows: Which samples, (R,).
@@ -50,10 +50,11 @@ class Branch:
         output = self._last()[3]
         if self._guided:
             half = self._half(output)
-            return self._again(rows + half, texts), output[:half][rows], self._scale
+            e_h = self._again(rows + half, texts)
+            return e_h, output[half:][rows], output[:half][rows], self._scale
         both = self._again(torch.cat([rows, rows]), [*texts, *[""] * len(texts)])
         e_h, e_0 = both.chunk(2)
-        return e_h, e_0, 1.0
+        return e_h, output[rows], e_0, 1.0
 
     def guidance_rms(self, rows: Tensor) -> Tensor:
         """How strong guidance is in the prediction: s · RMS(ep − e0), (R,); without it its RMS."""

@@ -12,9 +12,12 @@ class Correction:
     """How x̂0 is corrected where p_h ≥ η.
 
     Attributes:
-        direction: `text`: against what the model itself draws for the text of each concept that
-            fires, ẽ − w s Σ_h (e_h − e0); `gradient`: x̂0 down ∇log p_h.
+        direction: `text`: against what the model itself draws for the text of each concept h that
+            fires, ẽ − w s Σ_h (a ⊙ (e_h − e0)); `gradient`: x̂0 down ∇log p_h.
         strength: w of `text`; γ of `published`, ρ of `normalised` gradients.
+        local: Of `text`: a is how much the prompt pulls towards h, place by place, in a window of
+            this standard deviation, a share of the picture's side; what stands beside the concept
+            is left alone. 0: everywhere alike, a = 1.
         scale: What the strength of a gradient means: `normalised` (MPGD) or `published` (γ).
         schedule: γ_t: `constant`, `window`, `cosine`, or factors spread over the steps.
         window: (from, to) of `window`, as shares of the denoising.
@@ -29,6 +32,7 @@ class Correction:
 
     direction: Literal["text", "gradient"] = "text"
     strength: float = 1.0
+    local: float = 0.06
     scale: Literal["normalised", "published"] = "normalised"
     schedule: Literal["constant", "window", "cosine"] | list[float] = "constant"
     window: tuple[float, float] = (0.3, 0.7)
@@ -50,7 +54,7 @@ class Correction:
             raise ValueError(f"got schedule {factors}; allowed: factors of 0 or more, one at least")
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise ValueError(f"got window {self.window}; allowed: (from, to) within 0 and 1")
-        if not (0 <= self.momentum < 1 and 0 <= self.start < 1 and self.smooth >= 0):
-            raise ValueError(
-                f"got {self}; allowed: momentum and start from 0 to below 1, smooth 0 or more"
-            )
+        if not (0 <= self.momentum < 1 and 0 <= self.start < 1):
+            raise ValueError(f"got {self}; allowed: momentum and start from 0 to below 1")
+        if not (0 <= self.smooth < math.inf and 0 <= self.local <= 1):
+            raise ValueError(f"got {self}; allowed: smooth 0 or more, local from 0 to 1")

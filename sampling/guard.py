@@ -122,8 +122,13 @@ class Guard:
         """−w s Σ_h (e_h − e0) in the prediction, (B, C, h, w), h the texts that fired."""
         assert self.branch is not None
         rows, concepts = self.fired.nonzero(as_tuple=True)
-        e_h, e_0, s = self.branch.predict(rows, [self.texts[c] for c in concepts.tolist()])
-        return zero.index_add(0, rows, -w * s * (e_h - e_0).float())
+        texts = [self.texts[c] for c in concepts.tolist()]
+        e_h, e_p, e_0, s = self.branch.predict(rows, texts)
+        h = (e_h - e_0).float()
+        if self.how.local:
+            σ = self.how.local * min(h.shape[2:])
+            h = guidance.shared((e_p - e_0).float(), h, σ)
+        return zero.index_add(0, rows, -w * s * h)
 
     def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int, level: Level) -> Tensor:
         how, start = self.how, x0[rows]

@@ -98,7 +98,7 @@ SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> None:
     """e0 + s (ep − e0) − s (e_h − e0) = e0 where the prompt is the concept's text."""
-    how = Correction(direction="text", strength=1.0)
+    how = Correction(direction="text", strength=1.0, local=0.0)
     config = pipeline.scheduler.config
     pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
     guarded = draw(guard(pipeline, Brightness(0.0), how=how), ["a bomb"])
@@ -109,7 +109,9 @@ def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> Non
 def test_text_direction_without_guidance_subtracts_once(pipeline) -> None:
     """e_p − (e_h − e0) = e0 where the prompt is the concept's text."""
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    guarded = guard(pipeline, Brightness(0.0), how=Correction(direction="text"))
+    guarded = guard(
+        pipeline, Brightness(0.0), how=Correction(direction="text", strength=1.0, local=0.0)
+    )
     found = draw(guarded, ["a bomb"], guidance_scale=1.0)
     assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
 
@@ -131,7 +133,7 @@ class Halves(Brightness):
 def test_every_concept_that_fires_is_steered_away_from(pipeline) -> None:
     """With one text for both, two that fire count twice: −2 w s (e_h − e0)."""
     both = guard(pipeline, Halves(0.0, 0.0), texts=["a bomb", "a bomb"], how=Correction())
-    twice = guard(pipeline, Brightness(0.0), how=Correction(strength=2.0))
+    twice = guard(pipeline, Brightness(0.0), how=Correction(strength=2 * Correction().strength))
     assert torch.allclose(draw(both), draw(twice), atol=1e-5)
     one = guard(pipeline, Halves(0.0, 2.0), texts=["a bomb", "a key"], how=Correction())
     assert torch.equal(draw(one), draw(guard(pipeline, Brightness(0.0), how=Correction())))
