@@ -97,8 +97,8 @@ def shared(d: Tensor, h: Tensor, σ: float) -> Tensor:
     """The part of a guidance d that goes towards a concept, place by place, (B, C, h, w).
 
     a ⊙ h with a = max(0, ⟨d, h⟩ / ⟨h, h⟩), the inner products over channels and a Gaussian window.
-    Where the picture shows the concept, the prompt's d = ep − e0 and the concept's h = e_h − e0 pull
-    alike, and a is near 1; where it shows something else they do not, and nothing is taken away.
+    Where the picture shows the concept, the prompt's d = ep − e0 and the concept's h = e_h − e0
+    pull alike, and a is near 1; elsewhere they do not, and nothing is taken away.
     Ours; Perp-Neg (arXiv 2304.04968) projects whole predictions, and keeps the other part.
 
     Args:

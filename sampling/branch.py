@@ -38,7 +38,7 @@ class Branch:
         self._call = None
 
     def predict(self, rows: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, float]:
-        """(e_h, e_p, e_0, s) of some samples, each (R, C, h, w): under these texts, the prompt, none.
+        """(e_h, e_p, e_0, s) of some samples, each (R, C, h, w): under texts, the prompt, none.
 
         Args:
             rows: Which samples, (R,).

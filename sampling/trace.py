@@ -1,4 +1,4 @@
-"""What a guard did in one call of a pipeline, step by step: the record, its JSON and its picture."""
+"""What a guard did in one call of a pipeline, step by step: record, JSON and picture."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def rank_correlation(a: Tensor, b: Tensor, independent: int | None = None) -> Me
 def gradient_cosine(a: Tensor, b: Tensor, independent: int | None = None) -> Measurement:
     """Mean cosine of gradients (N, D), with 1.96 standard errors about it.
 
-    `independent` as for `rank_correlation`. A gradient of zero has no direction: it counts as unknown.
+    `independent` as for `rank_correlation`. A gradient of zero has no direction: it is unknown.
     """
     # √(aa · bb), not √aa √bb: of a vector with itself it is 1 to the bit.
     scale = ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
