@@ -31,7 +31,7 @@ class Correction:
     """
 
     direction: Literal["text", "gradient"] = "text"
-    strength: float = 1.0
+    strength: float = 4.0
     local: float = 0.06
     scale: Literal["normalised", "published"] = "normalised"
     schedule: Literal["constant", "window", "cosine"] | list[float] = "constant"
@@ -40,7 +40,7 @@ class Correction:
     momentum: float = 0.0
     copies: int = 1
     smooth: float = 0.0
-    start: float = 0.0
+    start: float = 0.16
     every: int = 1
     latch: bool = True
 

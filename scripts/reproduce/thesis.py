@@ -59,7 +59,8 @@ def published(config: Config, η: float | None, γ: float, k: int = 1, filter_: 
     density: dict[str, Any] = {"type": "clip_text", "clip": config.clip, "top_k": k, "threshold": η}
     if filter_:
         density = {"type": "sd_filter"} | ({"file": config.sd_filter} if config.sd_filter else {})
-    correction = {"direction": "gradient", "scale": "published", "strength": γ, "latch": False}
+    correction = {"direction": "gradient", "scale": "published", "strength": γ}
+    correction |= {"start": 0.0, "latch": False}
     return {"type": "published", "density": density, "correction": correction}
 
 

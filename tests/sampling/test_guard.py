@@ -1,6 +1,7 @@
 """The guard on tiny real pipelines, with densities whose answer is known."""
 
 import copy
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -26,7 +27,8 @@ class Brightness(HarmDensity):
         return torch.sigmoid(4 * images.mean((1, 2, 3)))[:, None]
 
 
-GRADIENT = Correction(direction="gradient", strength=1.0)
+GRADIENT = Correction(direction="gradient", strength=1.0, start=0.0)
+TEXT = Correction(strength=1.0, start=0.0)
 PROMPTS = ["a bomb", "a cat face", "a key"]
 
 
@@ -56,7 +58,7 @@ def test_a_threshold_that_is_never_reached_changes_no_bit(pipeline) -> None:
 def test_a_density_that_fires_is_lowered(pipeline, scale) -> None:
     density = Brightness(0.0)
     strength = {"normalised": 3.0, "published": 300.0}[scale]
-    how = Correction(direction="gradient", strength=strength, scale=scale)
+    how = replace(GRADIENT, strength=strength, scale=scale)
     before = scores(draw(pipeline), density)
     after = scores(draw(guard(pipeline, density, how=how)), density)
     assert (after < before - 0.02).all()
@@ -72,7 +74,7 @@ def test_a_density_that_fires_is_lowered(pipeline, scale) -> None:
 def test_every_way_to_correct_lowers_it_too(pipeline, more) -> None:
     density = Brightness(0.0)
     before = scores(draw(pipeline), density)
-    how = Correction(direction="gradient", strength=1.0, **more)
+    how = replace(GRADIENT, **more)
     assert (scores(draw(guard(pipeline, density, how=how)), density) < before).all()
 
 
@@ -98,7 +100,7 @@ SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> None:
     """e0 + s (ep − e0) − s (e_h − e0) = e0 where the prompt is the concept's text."""
-    how = Correction(direction="text", strength=1.0, local=0.0)
+    how = replace(TEXT, local=0.0)
     config = pipeline.scheduler.config
     pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
     guarded = draw(guard(pipeline, Brightness(0.0), how=how), ["a bomb"])
@@ -109,9 +111,7 @@ def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> Non
 def test_text_direction_without_guidance_subtracts_once(pipeline) -> None:
     """e_p − (e_h − e0) = e0 where the prompt is the concept's text."""
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    guarded = guard(
-        pipeline, Brightness(0.0), how=Correction(direction="text", strength=1.0, local=0.0)
-    )
+    guarded = guard(pipeline, Brightness(0.0), how=replace(TEXT, local=0.0))
     found = draw(guarded, ["a bomb"], guidance_scale=1.0)
     assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
 
@@ -132,11 +132,11 @@ class Halves(Brightness):
 
 def test_every_concept_that_fires_is_steered_away_from(pipeline) -> None:
     """With one text for both, two that fire count twice: −2 w s (e_h − e0)."""
-    both = guard(pipeline, Halves(0.0, 0.0), texts=["a bomb", "a bomb"], how=Correction())
-    twice = guard(pipeline, Brightness(0.0), how=Correction(strength=2 * Correction().strength))
+    both = guard(pipeline, Halves(0.0, 0.0), texts=["a bomb", "a bomb"], how=TEXT)
+    twice = guard(pipeline, Brightness(0.0), how=replace(TEXT, strength=2.0))
     assert torch.allclose(draw(both), draw(twice), atol=1e-5)
-    one = guard(pipeline, Halves(0.0, 2.0), texts=["a bomb", "a key"], how=Correction())
-    assert torch.equal(draw(one), draw(guard(pipeline, Brightness(0.0), how=Correction())))
+    one = guard(pipeline, Halves(0.0, 2.0), texts=["a bomb", "a key"], how=TEXT)
+    assert torch.equal(draw(one), draw(guard(pipeline, Brightness(0.0), how=TEXT)))
 
 
 def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> None:
@@ -154,7 +154,7 @@ def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> Non
             return found
 
     late = Late()
-    guarded = guard(pipeline, late, how=Correction())
+    guarded = guard(pipeline, late, how=TEXT)
     calls = []
     with_branch = guarded._guard._against_text
 
@@ -218,7 +218,7 @@ def test_the_pipeline_itself_stays_unguarded_and_saves_as_what_it_was(pipeline, 
 
 
 def test_several_pictures_of_a_prompt(pipeline) -> None:
-    guarded = guard(pipeline, Brightness(0.0), how=Correction())
+    guarded = guard(pipeline, Brightness(0.0), how=TEXT)
     images = draw(guarded, ["a bomb"], seeds=(1,), num_images_per_prompt=1)
     many = guarded(
         ["a bomb", "a key"],

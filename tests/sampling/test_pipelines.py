@@ -14,6 +14,9 @@ from diffusers import (
 )
 
 from expunge.concepts import Concept
+from expunge.densities.base import HarmDensity
+from expunge.sampling.correction import Correction
+from expunge.sampling.guard import guard
 from expunge.sampling.samplers.negative_prompt import NegativePrompt
 from expunge.sampling.samplers.safree import Safree
 from expunge.sampling.samplers.sld import Sld
@@ -122,6 +125,56 @@ def test_every_sampler_works_in_every_pipeline(case) -> None:
             assert change[..., :2].max() < 0.1 * change[..., 8:].max()
     assert torch.equal(draw(pipeline, **arguments), plain)
     assert torch.equal(draw(Sld(scale=0.0, warmup=0).wrap(pipeline, BOMB), **arguments), plain)
+
+
+class Whiteness(HarmDensity):
+    """p_h is how bright a picture is, and fires for the brighter of two."""
+
+    names = texts = ("a grenade",)
+    thresholds = torch.zeros(1)
+
+    def per_concept(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(4 * images.mean((1, 2, 3)))[:, None]
+
+
+HOW = {
+    "text": Correction(strength=3.0, start=0.0),
+    "gradient": Correction(direction="gradient", strength=3.0, start=0.0),
+}
+
+
+@pytest.mark.parametrize("direction", HOW)
+def test_the_guard_changes_what_it_should_in_every_pipeline(case, direction) -> None:
+    """Everything fires at η = 0: both pictures change, by gradients towards the dark."""
+    name, pipeline, arguments = case
+    plain, density = draw(pipeline, **arguments), Whiteness()
+    guarded = guard(pipeline, density, how=HOW[direction])
+    found = draw(guarded, **arguments)
+    change = (found - plain).abs()
+    assert (change.flatten(1).amax(1) > 1e-3).all(), name
+    assert all(all(step.fired) for step in guarded.trace.steps)
+    if direction == "gradient":
+        assert (density(2 * found - 1).score < density(2 * plain - 1).score).all()
+    if name == "inpaint":
+        assert change[..., :2].max() < 0.2 * change[..., 8:].max()
+    assert torch.equal(draw(pipeline, **arguments), plain)
+    density.thresholds = torch.full((1,), 2.0)
+    assert torch.equal(draw(guarded, **arguments), plain)
+
+
+@pytest.mark.parametrize("direction", HOW)
+def test_a_guard_keeps_the_precision_of_the_pipeline(tiny_sd1, direction) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        pipeline = load(tiny_sd1)
+        pipeline.to(dtype)
+        plain = draw(pipeline, output_type="latent")
+        guarded = guard(pipeline, Whiteness(), how=HOW[direction])
+        found = draw(guarded, output_type="latent")
+        assert found.dtype == dtype
+        assert torch.isfinite(found).all()
+        assert (found - plain).abs().max() > 0
+        guarded._guard.density.thresholds = torch.full((1,), 2.0)
+        assert torch.equal(draw(guarded, output_type="latent"), plain)
 
 
 def test_the_third_branch_has_the_added_conditions_of_sdxl(tiny_sdxl) -> None:
