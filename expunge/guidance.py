@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from expunge.densities.base import HarmDensity
 
+LEAST, FULL = 0.1, 0.4  # of a map's maximum: below the one nothing is there, above the other all
+SPREAD = 0.56  # of a window, in distances between places: neighbours overlap, corners are reached
+
 Decode = Callable[[Tensor], Tensor]
 
 
@@ -93,21 +96,46 @@ def smooth(x: Tensor, σ: float) -> Tensor:
     return F.conv2d(rows, kernel[:, :, :, None], groups=x.shape[1])
 
 
-def shared(d: Tensor, h: Tensor, σ: float) -> Tensor:
-    """The part of a guidance d that goes towards a concept, place by place, (B, C, h, w).
+@torch.no_grad()
+def whereabouts(images: Tensor, density: HarmDensity, concept: Tensor, n: int) -> Tensor:
+    """Where a picture shows a concept, (B, 1, H, W) in [0, 1]: what p_h loses when it is covered.
 
-    a ⊙ h with a = max(0, ⟨d, h⟩ / ⟨h, h⟩), the inner products over channels and a Gaussian window.
-    Where the picture shows the concept, the prompt's d = ep − e0 and the concept's h = e_h − e0
-    pull alike, and a is near 1; elsewhere they do not, and nothing is taken away.
-    Ours; Perp-Neg (arXiv 2304.04968) projects whole predictions, and keeps the other part.
+    Each of n × n places is covered in turn by the picture's mean colour, through a Gaussian window
+    b_k; M = Σ_k b_k max(0, p_h(x) − p_h(x (1 − b_k) + x̄ b_k)) / Σ_k b_k, stretched from `LEAST` to
+    `FULL` of its maximum. After occlusion maps (arXiv 1311.2901). A gradient does not tell that:
+    what stands beside the concept lowers a cosine too, and so has a gradient as large.
 
     Args:
-        d: Guidance of the prompt.
-        h: Guidance of the concept.
-        σ: Standard deviation of the window, in latent pixels.
+        images: (B, 3, H, W) in [-1, 1].
+        density: p_h.
+        concept: Which one is looked for in each picture, (B,).
+        n: Places along a side.
     """
-    dh, hh = (smooth((x * h).sum(1, keepdim=True), σ) for x in (d, h))
-    return (dh / hh.clamp(min=1e-12)).clamp(min=0) * h
+    H, W = images.shape[2:]
+    b = _windows(n, H, W, images)
+    mean = images.mean((2, 3), keepdim=True)
+    M = []
+    for x, mean_x, c in zip(images, mean, concept.tolist(), strict=True):
+        covered = x * (1 - b) + mean_x * b
+        p = density(torch.cat([x[None], covered])).per_concept[:, c]
+        loss = (p[0] - p[1:]).clamp(min=0).view(-1, 1, 1, 1)
+        M.append((loss * b).sum(0) / b.sum(0))
+    found = torch.stack(M)
+    most = found.amax((1, 2, 3), keepdim=True)
+    stretched = ((found / most.clamp(min=1e-12) - LEAST) / (FULL - LEAST)).clamp(0, 1)
+    # Nothing alone makes it out: then it is everywhere.
+    return torch.where(most > 0, stretched, torch.ones_like(stretched))
+
+
+def _windows(n: int, H: int, W: int, like: Tensor) -> Tensor:
+    """b_k, (n², 1, H, W), of standard deviation 0.56 / n of a side."""
+
+    def along(size: int) -> Tensor:
+        centre = (torch.arange(n, device=like.device) + 0.5) / n
+        at = (torch.arange(size, device=like.device) + 0.5) / size
+        return torch.exp(-0.5 * ((at - centre[:, None]) * n / SPREAD) ** 2)
+
+    return (along(H)[:, None, :, None] * along(W)[None, :, None, :]).reshape(n * n, 1, H, W)
 
 
 def published(g: Tensor, γ: float) -> Tensor:

@@ -12,12 +12,13 @@ class Correction:
     """How x̂0 is corrected where p_h ≥ η.
 
     Attributes:
-        direction: `text`: against what the model itself draws for the text of each concept h that
-            fires, ẽ − w s Σ_h (a ⊙ (e_h − e0)); `gradient`: x̂0 down ∇log p_h.
+        direction: `text`: where the concepts h that fire are to be seen, the prompt's guidance is
+            taken away and that of their texts subtracted,
+            ẽ − s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)); `gradient`: x̂0 down ∇log p_h.
         strength: w of `text`; γ of `published`, ρ of `normalised` gradients.
-        local: Of `text`: a is how much the prompt pulls towards h, place by place, in a window of
-            this standard deviation, a share of the picture's side; what stands beside the concept
-            is left alone. 0: everywhere alike, a = 1.
+        places: Of `text`: M is found by covering so many places along each side of the picture in
+            turn, so that what stands beside the concept is left alone; 0: M = 1.
+        refresh: Denoising steps after which M is found anew.
         scale: What the strength of a gradient means: `normalised` (MPGD) or `published` (γ).
         schedule: γ_t: `constant`, `window`, `cosine`, or factors spread over the steps.
         window: (from, to) of `window`, as shares of the denoising.
@@ -32,7 +33,8 @@ class Correction:
 
     direction: Literal["text", "gradient"] = "text"
     strength: float = 4.0
-    local: float = 0.06
+    places: int = 4
+    refresh: int = 8
     scale: Literal["normalised", "published"] = "normalised"
     schedule: Literal["constant", "window", "cosine"] | list[float] = "constant"
     window: tuple[float, float] = (0.3, 0.7)
@@ -56,5 +58,7 @@ class Correction:
             raise ValueError(f"got window {self.window}; allowed: (from, to) within 0 and 1")
         if not (0 <= self.momentum < 1 and 0 <= self.start < 1):
             raise ValueError(f"got {self}; allowed: momentum and start from 0 to below 1")
-        if not (0 <= self.smooth < math.inf and 0 <= self.local <= 1):
-            raise ValueError(f"got {self}; allowed: smooth 0 or more, local from 0 to 1")
+        if not 0 <= self.smooth < math.inf or self.refresh < 1 or not 0 <= self.places <= 32:
+            raise ValueError(
+                f"got {self}; allowed: smooth 0 or more, refresh 1 or more, places 0 to 32"
+            )

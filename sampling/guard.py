@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from expunge import guidance, prediction
 from expunge.densities.base import HarmDensity
@@ -58,6 +59,7 @@ class Guard:
         self.fired = torch.zeros(0, len(self.density.names), dtype=torch.bool)  # (B, M)
         self.asked = 0  # steps since the first look
         self.velocity: Tensor | None = None
+        self.places: Tensor | None = None  # M, (B, M, h, w)
 
     def end(self) -> None:
         """The call is over.
@@ -98,7 +100,7 @@ class Guard:
         if γ > 0 and fired.any():
             Δ = torch.zeros_like(x0)
             if self.how.direction == "text":
-                Δ = self._against_text(Δ, γ) / level.slope
+                Δ = self._against_text(x0, γ) / level.slope
             else:
                 rows = fired.nonzero().flatten()
                 Δ[rows] = self._down_gradient(x0, rows, γ, i, level)
@@ -118,17 +120,33 @@ class Guard:
         self.fired[rows] = now | self.fired[rows] if self.how.latch else now
         score[rows.cpu()] = harm.score.float().cpu()
 
-    def _against_text(self, zero: Tensor, w: float) -> Tensor:
-        """−w s Σ_h (e_h − e0) in the prediction, (B, C, h, w), h the texts that fired."""
+    def _against_text(self, x0: Tensor, w: float) -> Tensor:
+        """−s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)) in the prediction, (B, C, h, w)."""
         assert self.branch is not None
         rows, concepts = self.fired.nonzero(as_tuple=True)
-        texts = [self.texts[c] for c in concepts.tolist()]
-        e_h, e_p, e_0, s = self.branch.predict(rows, texts)
-        h = (e_h - e_0).float()
-        if self.how.local:
-            σ = self.how.local * min(h.shape[2:])
-            h = guidance.shared((e_p - e_0).float(), h, σ)
-        return zero.index_add(0, rows, -w * s * h)
+        e_h, e_p, e_0, s = self.branch.predict(rows, [self.texts[c] for c in concepts.tolist()])
+        M = self._whereabouts(x0, rows, concepts)
+        total = torch.zeros_like(x0).index_add(0, rows, -w * s * M * (e_h - e_0).float())
+        # One prompt, however many concepts: of its guidance no more is taken away than there is.
+        most = torch.zeros_like(x0[:, :1]).index_reduce(0, rows, M, "amax")
+        prompt = torch.zeros_like(x0).index_copy(0, rows, (e_p - e_0).float())
+        return total - s * most * prompt
+
+    def _whereabouts(self, x0: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
+        """M of some (sample, concept) pairs, (R, 1, h, w), found anew where it is old."""
+        if not self.how.places:
+            return torch.ones(len(rows), 1, *x0.shape[2:], device=x0.device)
+        i = len(self.trace.steps)
+        if self.places is None:
+            self.places = x0.new_zeros(*self.fired.shape, *x0.shape[2:])
+            self.found = torch.full_like(self.fired, -self.how.refresh, dtype=torch.long)
+        old = i - self.found[rows, concepts] >= self.how.refresh
+        if old.any():
+            r, c = rows[old], concepts[old]
+            M = guidance.whereabouts(self.look(x0[r]), self.density, c, self.how.places)
+            self.places[r, c] = F.interpolate(M, x0.shape[2:], mode="area").squeeze(1)
+            self.found[r, c] = i
+        return self.places[rows, concepts].unsqueeze(1)
 
     def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int, level: Level) -> Tensor:
         how, start = self.how, x0[rows]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expunge import guidance
+from expunge.densities.base import HarmDensity
 from expunge.densities.from_callable import from_callable
 
 
@@ -85,17 +86,27 @@ def test_a_low_pass_keeps_what_is_constant_and_takes_what_alternates() -> None:
     assert torch.equal(guidance.smooth(even, 0.0), even)
 
 
-def test_what_is_shared_is_taken_where_it_is_shared() -> None:
-    """Left both pull alike, right they pull apart: a is 1 and 0 but for the window's border."""
-    h = normal(2, 4, 16, 16)
-    d = torch.cat([h[..., :8], -h[..., 8:]], dim=3)
-    found = guidance.shared(d, h, 1.0)
-    torch.testing.assert_close(found[..., :4], h[..., :4], atol=1e-4, rtol=1e-3)
-    assert (found[..., 12:] == 0).all()
-    # Everywhere alike, it is the projection of d on h where that is positive.
-    wide = guidance.shared(2 * h, h, 3.0)
-    torch.testing.assert_close(wide, 2 * h, atol=1e-4, rtol=1e-3)
-    assert (guidance.shared(h, torch.zeros_like(h), 1.0) == 0).all()
+class Corner(HarmDensity):
+    """How red the upper left quarter is."""
+
+    names, thresholds = ("red",), torch.zeros(1)
+
+    def per_concept(self, images: torch.Tensor) -> torch.Tensor:
+        half = images.shape[-1] // 2
+        return images[:, :1, :half, :half].mean((2, 3)).sigmoid()
+
+
+def test_a_concept_is_where_covering_it_lowers_the_density() -> None:
+    images = -torch.ones(2, 3, 32, 32)
+    images[:, 0, :16, :16] = 1
+    images[:, 0, 20:, 20:] = 1  # red as well, but not what is looked for
+    M = guidance.whereabouts(images, Corner(), torch.tensor([0, 0]), 4)
+    assert M.shape == (2, 1, 32, 32)
+    assert M[..., 2:12, 2:12].min() > 0.8
+    assert M[..., 22:, 22:].max() == 0
+    torch.testing.assert_close(M[0], M[1])
+    nowhere = guidance.whereabouts(torch.zeros(1, 3, 32, 32), Corner(), torch.tensor([0]), 4)
+    assert (nowhere == 1).all()
 
 
 def test_root_mean_square() -> None:

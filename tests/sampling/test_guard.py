@@ -28,7 +28,7 @@ class Brightness(HarmDensity):
 
 
 GRADIENT = Correction(direction="gradient", strength=1.0, start=0.0)
-TEXT = Correction(strength=1.0, start=0.0)
+TEXT = Correction(strength=1.0, start=0.0, places=0)
 PROMPTS = ["a bomb", "a cat face", "a key"]
 
 
@@ -98,22 +98,54 @@ SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_text_direction_at_weight_one_is_the_empty_prompt(pipeline, name) -> None:
-    """e0 + s (ep − e0) − s (e_h − e0) = e0 where the prompt is the concept's text."""
-    how = replace(TEXT, local=0.0)
+def test_against_the_empty_text_the_prompt_is_gone(pipeline, name) -> None:
+    """e0 + s (ep − e0) − s ((ep − e0) + w (e_h − e0)) = e0 where h is the empty text."""
     config = pipeline.scheduler.config
     pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
-    guarded = draw(guard(pipeline, Brightness(0.0), how=how), ["a bomb"])
+    guarded = draw(guard(pipeline, Brightness(0.0), how=TEXT, texts=[""]), ["a bomb"])
     empty = draw(pipeline, [""], guidance_scale=1.0)
     assert torch.allclose(guarded, empty, atol=2e-5)
 
 
-def test_text_direction_without_guidance_subtracts_once(pipeline) -> None:
-    """e_p − (e_h − e0) = e0 where the prompt is the concept's text."""
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    guarded = guard(pipeline, Brightness(0.0), how=replace(TEXT, local=0.0))
-    found = draw(guarded, ["a bomb"], guidance_scale=1.0)
-    assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_text_direction_is_its_formula(pipeline, scale) -> None:
+    """One step with ẽ = e0 − w s (e_h − e0), from predictions made on their own."""
+    guarded = guard(pipeline, Brightness(0.0), how=replace(TEXT, strength=2.0), texts=["a key"])
+    more = {"num_inference_steps": 1, "output_type": "latent"}
+    found = draw(guarded, ["a bomb"], guidance_scale=scale, **more)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    (t,) = guarded.scheduler.timesteps
+    e_0, e_h = (
+        pipeline.unet(noise, t, pipeline.encode_prompt(text, "cpu", 1, False)[0]).sample
+        for text in ("", "a key")
+    )
+    pipeline.scheduler.set_timesteps(1)
+    expected = pipeline.scheduler.step(e_0 - 2 * scale * (e_h - e_0), t, noise).prev_sample
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_only_where_the_concept_is_seen_the_prediction_changes(pipeline) -> None:
+    """A density of the left half alone: in the first step nothing changes to the right of it."""
+
+    class Left(Brightness):
+        def per_concept(self, images):
+            return super().per_concept(images[..., : images.shape[-1] // 2])
+
+    changes = []
+    for how in (TEXT, replace(TEXT, places=4)):
+        guarded = guard(pipeline, Left(0.0), how=how)
+        worker = guarded._guard
+        correction = worker.correction
+
+        def spy(scheduler, output, t, x_t, correction=correction):
+            changes.append(correction(scheduler, output, t, x_t))
+            return changes[-1]
+
+        worker.correction = spy
+        draw(guarded, ["a bomb"], num_inference_steps=1)
+    everywhere, left = (change.abs().mean((0, 1, 2)) for change in changes)
+    assert left[:3].mean() > 0.3 * everywhere[:3].mean()
+    assert left[-1] < 0.05 * everywhere[-1]
 
 
 class Halves(Brightness):
@@ -158,9 +190,9 @@ def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> Non
     calls = []
     with_branch = guarded._guard._against_text
 
-    def spy(zero, w):
+    def spy(x0, w):
         calls.append(guarded._guard.fired.clone())
-        return with_branch(zero, w)
+        return with_branch(x0, w)
 
     guarded._guard._against_text = spy
     draw(guarded)
