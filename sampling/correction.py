@@ -32,9 +32,9 @@ class Correction:
     """
 
     direction: Literal["text", "gradient"] = "text"
-    strength: float = 4.0
+    strength: float = 1.5
     places: int = 4
-    refresh: int = 8
+    refresh: int = 4
     scale: Literal["normalised", "published"] = "normalised"
     schedule: Literal["constant", "window", "cosine"] | list[float] = "constant"
     window: tuple[float, float] = (0.3, 0.7)
@@ -42,7 +42,7 @@ class Correction:
     momentum: float = 0.0
     copies: int = 1
     smooth: float = 0.0
-    start: float = 0.16
+    start: float = 0.08
     every: int = 1
     latch: bool = True
 
