@@ -3,7 +3,8 @@
 Pictures without any harmful object make the reference; other pictures are judged. `any`: is a
 harmful object in the picture, said by the largest score of all concepts. `each`: at the threshold
 that one harmless picture in a hundred reaches over all concepts together, how often each concept
-fires on harmless pictures, and how often it finds its own object.
+fires on harmless pictures, and how often it finds its own object. On clean scenes the guide makes no
+mistake on any scale; `--noise` shows it what an early x̂0 is like.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="as for build.sh")
     parser.add_argument("--cache", type=Path, help="icon packages (default: WORK/icons)")
     parser.add_argument("--clip", default="emoji")
+    parser.add_argument("--noise", type=float, default=0.0, help="added to reference and test")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
     args = parser.parse_args()
@@ -54,7 +56,11 @@ def main() -> None:
     names = [name for category in HARMFUL for name in CATEGORIES[category]]
     holds = torch.tensor([[name in scene.objects for name in names] for scene in shown])
     raw = ClipText(clip=args.clip, targets=[article(name) for name in names]).build()
-    table = torch.cat([raw(to_float(part)).per_concept for part in pictures.split(100)])
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(pictures), 3, *pictures.shape[-2:])
+    noise = args.noise * torch.randn(shape, generator=generator)
+    seen = (torch.cat([to_float(part) for part in pictures.split(100)]) + noise).clamp(-1, 1)
+    table = torch.cat([raw(part).per_concept for part in seen.split(100)])
     harmless = ~holds.any(1)
     # The first half of the harmless pictures is the reference, and judged no more.
     known = harmless & (harmless.cumsum(0) <= harmless.sum() // 2)
@@ -62,7 +68,7 @@ def main() -> None:
     results = {"raw": figures(table[~known], holds[~known])}
     for name, pooled in (("calibrated, concept", False), ("calibrated, pooled", True)):
         scale = Percentile(raw, reference, raw.thresholds.clone().fill_(0.9), pooled=pooled)
-        scores = torch.cat([scale(to_float(p)).per_concept for p in pictures[~known].split(100)])
+        scores = torch.cat([scale(part).per_concept for part in seen[~known].split(100)])
         results[name] = figures(scores, holds[~known])
     columns = list(results["raw"])
     print(f"| {len(names)} concepts, reference {int(known.sum())} | {' | '.join(columns)} |")
