@@ -25,4 +25,8 @@ for sitting in "16 7300" "32 12600"; do
 done
 $python assemble.py --work "$work"
 $python make_filter.py --work "$work"
+$python -m expunge.cli distill-decoder --model emoji --width 32 --depth 2 --overwrite true \
+  --output_dir "$work/clip_decoder" --density clip_text --density.targets '["a bomb"]'
+mkdir -p ../../models/emoji/clip_decoder
+cp "$work"/clip_decoder/{decoder.safetensors,distill_result.json} ../../models/emoji/clip_decoder
 $python measure.py --sheet "$work/quality.png"
