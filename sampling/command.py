@@ -128,6 +128,6 @@ def main(argv: list[str]) -> None:
             "provenance": provenance(),
         },
     )
-    if withheld := sum(record.get("withheld", False) for record in records):
+    if withheld := sum(bool(record.get("withheld")) for record in records):
         print(f"{withheld} of {len(rows)} pictures still showed the concept: withheld, left black")
     print(f"{len(rows)} pictures in {folder}; all at once: {folder / 'grid.png'}")

@@ -75,7 +75,8 @@ def digest_of(state: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(state):
         digest.update(f"{key} {tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+        flat = value.detach().cpu().flatten().contiguous()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
