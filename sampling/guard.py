@@ -128,7 +128,8 @@ class Guard:
         M = self._whereabouts(x0, rows, concepts)
         total = torch.zeros_like(x0).index_add(0, rows, -w * s * M * (e_h - e_0).float())
         # One prompt, however many concepts: of its guidance no more is taken away than there is.
-        most = torch.zeros_like(x0[:, :1]).index_reduce(0, rows, M, "amax")
+        at = rows.view(-1, 1, 1, 1).expand_as(M)
+        most = torch.zeros_like(x0[:, :1]).scatter_reduce(0, at, M, "amax")
         prompt = torch.zeros_like(x0).index_copy(0, rows, (e_p - e_0).float())
         return total - s * most * prompt
 
