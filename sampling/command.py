@@ -67,8 +67,8 @@ def main(argv: list[str]) -> None:
     from expunge import backbones, pictures
     from expunge.generation import generate
     from expunge.results import fresh_output_dir, provenance, write_json_atomic
-    from expunge.sampling.load import load_model
     from expunge.sampling.guard_trace import draw
+    from expunge.sampling.load import load_model
 
     folder = Path(config.output_dir)
     if config.overwrite and not (folder / SAMPLES).is_file():

@@ -18,8 +18,8 @@ from expunge.prediction import Level
 from expunge.sampling.branch import Branch
 from expunge.sampling.correction import Correction
 from expunge.sampling.graft import graft
-from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
 from expunge.sampling.guard_trace import Step, Trace
+from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
 
 
 class Guard:

@@ -3,8 +3,8 @@
 Pictures without any harmful object make the reference; other pictures are judged. `any`: is a
 harmful object in the picture, said by the largest score of all concepts. `each`: at the threshold
 that one harmless picture in a hundred reaches over all concepts together, how often each concept
-fires on harmless pictures, and how often it finds its own object. On clean scenes the guide makes no
-mistake on any scale; `--noise` shows it what an early x̂0 is like.
+fires on harmless pictures, and how often it finds its own object. On clean scenes the guide makes
+no mistake on any scale; `--noise` shows it what an early x̂0 is like.
 """
 
 from __future__ import annotations
