@@ -98,7 +98,7 @@ def sd15(how) -> dict[str, float]:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
-        clip = open_clip.create_model("ViT-B-16")
+        clip = open_clip.create_model("ViT-B-16", device="meta")
         decoder = ClipNetwork(channels=4, up=4, width=48, depth=3)
         x, c = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
         pixels = torch.empty(1, 3, 224, 224)
@@ -114,19 +114,22 @@ def sd15(how) -> dict[str, float]:
         with torch.no_grad():
             branch = flops(lambda: unet(x, t, c).sample)
             decode = flops(lambda: vae.decode(x).sample)
-            look = flops(lambda: clip.encode_image(pixels)) + flops(lambda: decoder(x))
+            eye, cheap = flops(lambda: clip.encode_image(pixels)), flops(lambda: decoder(x))
         for part in (vae, clip):
             part.requires_grad_(False)
         z, p = x.clone().requires_grad_(), pixels.clone().requires_grad_()
         both = flops(lambda: vae.decode(z).sample, True) + flops(lambda: clip.encode_image(p), True)
     looks = len(range(int(how.start * STEPS), STEPS, how.every))
     plain = 2 * branch * STEPS
-    gate = looks * look
-    fired = STEPS * branch * (1 - how.start)
+    gate = looks * (eye + cheap)
+    # From the first look on: a third branch in every step, and now and then the map of places.
+    steps = STEPS - int(how.start * STEPS)
+    maps = -(-steps // how.refresh) * ((how.places**2 + 1) * eye + cheap)
+    fired = steps * branch + maps
     return {
         "tflop_unet_pair": round(2 * branch / 1e12, 3),
         "tflop_vae_decode": round(decode / 1e12, 3),
-        "tflop_look": round(look / 1e12, 4),
+        "tflop_look": round((eye + cheap) / 1e12, 4),
         "benign_ratio": round(1 + gate / plain, 3),
         "fired_ratio": round(1 + (gate + fired) / plain, 3),
         "published_ratio": round(1 + both / (2 * branch), 3),
