@@ -1,5 +1,6 @@
 """The command line: `expunge VERB …`, and how every command ends."""
 
+import errno
 import os
 import sys
 import traceback
@@ -70,8 +71,11 @@ def run(command: Command, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("expunge: interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"expunge: error: the disk is full ({error}); free some space", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
 
 

@@ -10,6 +10,7 @@ target is. Writes D/density_by_step.json and a figure.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import matplotlib
 import torch
 
 from expunge.backbones import bundled, load_pipeline, recommended_guidance
+from expunge.cli import run
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.decoding import DECODERS
@@ -53,10 +55,8 @@ def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
     return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean())
 
 
-def main(argv: list[str] | None = None) -> None:
-    import sys
-
-    config = parse(Config, sys.argv[1:] if argv is None else argv, "density_by_step.py")
+def main(argv: list[str]) -> None:
+    config = parse(Config, argv, "density_by_step.py")
     torch.set_num_threads(config.threads)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,4 +110,4 @@ def draw(rows: list[dict], score: torch.Tensor, there: torch.Tensor, file: Path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from measure import cost, markdown, row, shown
 
+from expunge.cli import run
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.results import provenance, write_json_atomic, write_text_atomic
@@ -52,8 +53,8 @@ class Config:
     threads: int = 2
 
 
-def main() -> None:
-    config = parse(Config, sys.argv[1:], "emoji_samplers.py")
+def main(argv: list[str]) -> None:
+    config = parse(Config, argv, "emoji_samplers.py")
     torch.set_num_threads(config.threads)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,4 +93,4 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -27,6 +27,7 @@ import matplotlib
 import torch
 from measure import markdown, row, shown
 
+from expunge.cli import run
 from expunge.configuration import parse
 from expunge.results import provenance, write_json_atomic, write_text_atomic
 
@@ -84,8 +85,8 @@ def points(config: Config) -> dict[str, tuple[dict[str, Any], list[str]]]:
     return {f"K = {k}": (published(config, η, γ, k), many) for k in ks}
 
 
-def main() -> None:
-    config = parse(Config, sys.argv[1:], "thesis.py")
+def main(argv: list[str]) -> None:
+    config = parse(Config, argv, "thesis.py")
     torch.set_num_threads(config.threads)
     folder, name = config.output_dir, config.experiment
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,4 +159,4 @@ def draw(rows: dict[str, dict[str, Any]], letter: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

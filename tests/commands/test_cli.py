@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -111,6 +112,12 @@ def test_how_a_command_ends_is_its_status(capsys: pytest.CaptureFixture[str]) ->
     assert "Traceback" not in capsys.readouterr().err
     assert run(broken, []) == 1
     assert "RuntimeError: a defect" in capsys.readouterr().err
+
+    def full(argv: list[str]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+
+    assert run(full, []) == 1
+    assert capsys.readouterr().err.startswith("expunge: error: the disk is full")
 
 
 def test_the_shim_ends_like_the_command_line(tmp_path: Path) -> None:
