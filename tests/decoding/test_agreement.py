@@ -71,7 +71,9 @@ def test_a_function_is_a_density_and_batches_do_not_matter(pipeline) -> None:
     by_one = probe(decoder, lambda x: Redness()(x).score, latents(), batch_size=1)
     together = probe(decoder, Redness(), latents(), batch_size=100)
     torch.testing.assert_close(by_one.scores, together.scores)
-    torch.testing.assert_close(by_one.gradients, together.gradients, rtol=1e-3, atol=1e-9)
+    # Float noise, of which small elements of a gradient have as much as large ones.
+    noise = 1e-4 * by_one.gradients.abs().max().item()
+    torch.testing.assert_close(by_one.gradients, together.gradients, rtol=1e-3, atol=noise)
     assert by_one.gradients.shape == (2, 6, 4 * 8 * 8)
 
 
