@@ -173,7 +173,7 @@ def test_every_concept_that_fires_is_steered_away_from(pipeline) -> None:
 
 def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> None:
     class Late(Halves):
-        """The second concept shows up from the third look on."""
+        """The first concept shows up in the first look alone, the second from the third on."""
 
         def __init__(self):
             super().__init__(0.0, 0.5)
@@ -182,6 +182,7 @@ def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> Non
         def per_concept(self, images):
             self.looks += 1
             found = torch.zeros(len(images), 2)
+            found[:, 0] = -float(self.looks > 1)
             found[:, 1] = float(self.looks > 2)
             return found
 
