@@ -37,24 +37,27 @@ class Branch:
         self._handle.remove()
         self._call = None
 
-    def predict(self, rows: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, float]:
-        """(e_h, e_p, e_0, s) of some samples, each (R, C, h, w): under texts, the prompt, none.
+    def pair(self) -> tuple[Tensor, Tensor, float]:
+        """(e_p, e_0, s): under the prompt and under none, (B, C, h, w), and the guidance scale.
 
-        Args:
-            rows: Which samples, (R,).
-            texts: A text for each of them.
-
-        Returns:
-            s is the guidance scale; 1 when the pipeline samples without guidance.
+        A pipeline that samples without guidance has s = 1, and its e_0 is predicted for this.
         """
         output = self._last()[3]
         if self._guided:
             half = self._half(output)
-            e_h = self._again(rows + half, texts)
-            return e_h, output[half:][rows], output[:half][rows], self._scale
-        both = self._again(torch.cat([rows, rows]), [*texts, *[""] * len(texts)])
-        e_h, e_0 = both.chunk(2)
-        return e_h, output[rows], e_0, 1.0
+            return output[half:], output[:half], self._scale
+        every = torch.arange(len(output), device=output.device)
+        return output, self._again(every, [""] * len(output)), 1.0
+
+    def under(self, rows: Tensor, texts: Sequence[str]) -> Tensor:
+        """e_h (R, C, h, w) of some samples, under a text for each of them.
+
+        Args:
+            rows: Which samples, (R,).
+            texts: R of them.
+        """
+        output = self._last()[3]
+        return self._again(rows + (self._half(output) if self._guided else 0), texts)
 
     def guidance_rms(self, rows: Tensor) -> Tensor:
         """How strong guidance is in the prediction: s · RMS(ep − e0), (R,); without it its RMS."""

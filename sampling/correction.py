@@ -12,13 +12,13 @@ class Correction:
     """How x̂0 is corrected where p_h ≥ η.
 
     Attributes:
-        direction: `text`: where the concepts h that fire are to be seen, the prompt's guidance is
-            taken away and that of their texts subtracted,
+        direction: `text`: where concepts h are, the prompt's guidance is taken away to the end, and
+            that of their texts subtracted while they are seen,
             ẽ − s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)); `gradient`: x̂0 down ∇log p_h.
         strength: w of `text`; γ of `published`, ρ of `normalised` gradients.
         places: Of `text`: M is found by covering so many places along each side of the picture in
             turn, so that what stands beside the concept is left alone; 0: M = 1.
-        refresh: Denoising steps after which M is found anew.
+        refresh: Denoising steps after which M is found anew, of what is still seen.
         scale: What the strength of a gradient means: `normalised` (MPGD) or `published` (γ).
         schedule: γ_t: `constant`, `window`, `cosine`, or factors spread over the steps.
         window: (from, to) of `window`, as shares of the denoising.
@@ -28,11 +28,11 @@ class Correction:
         smooth: Low-pass of the gradient, a standard deviation in latent pixels.
         start: Share of the denoising before which the density is not asked.
         every: Denoising steps from one look to the next.
-        latch: Once a concept has fired, a sample is corrected for it in all later steps.
+        release: What has reached η is seen until p_h < release · η: a share in [0, 1].
     """
 
     direction: Literal["text", "gradient"] = "text"
-    strength: float = 1.5
+    strength: float = 3.0
     places: int = 4
     refresh: int = 4
     scale: Literal["normalised", "published"] = "normalised"
@@ -44,7 +44,7 @@ class Correction:
     smooth: float = 0.0
     start: float = 0.08
     every: int = 1
-    latch: bool = True
+    release: float = 0.7
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf or min(self.repeats, self.copies, self.every) < 1:
@@ -58,6 +58,8 @@ class Correction:
             raise ValueError(f"got window {self.window}; allowed: (from, to) within 0 and 1")
         if not (0 <= self.momentum < 1 and 0 <= self.start < 1):
             raise ValueError(f"got {self}; allowed: momentum and start from 0 to below 1")
+        if not 0 <= self.release <= 1:
+            raise ValueError(f"got release {self.release}; allowed: a share of η, from 0 to 1")
         if not 0 <= self.smooth < math.inf or self.refresh < 1 or not 0 <= self.places <= 32:
             raise ValueError(
                 f"got {self}; allowed: smooth 0 or more, refresh 1 or more, places 0 to 32"

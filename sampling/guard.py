@@ -23,7 +23,7 @@ from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
 
 
 class Guard:
-    """The state of one guarded call: who fired, with what momentum.
+    """The state of one guarded call: who shows what, who ever did, with what momentum.
 
     Args:
         density: p_h with its thresholds.
@@ -56,7 +56,8 @@ class Guard:
     def begin(self, branch: Branch) -> None:
         """Forget the last call."""
         self.branch, self.trace = branch, Trace()
-        self.fired = torch.zeros(0, len(self.density.names), dtype=torch.bool)  # (B, M)
+        self.seen = torch.zeros(0, len(self.density.names), dtype=torch.bool)  # (B, M), now
+        self.fired = self.seen  # ever
         self.asked = 0  # steps since the first look
         self.velocity: Tensor | None = None
         self.places: Tensor | None = None  # M, (B, M, h, w)
@@ -87,7 +88,8 @@ class Guard:
         begun, i = time.perf_counter(), len(self.trace.steps)
         level, progress = prediction.level(scheduler, t), _progress(scheduler, t)
         if i == 0:
-            self.fired = self.fired.new_zeros(len(x_t), self.fired.shape[1]).to(x_t.device)
+            self.seen = self.seen.new_zeros(len(x_t), self.seen.shape[1]).to(x_t.device)
+            self.fired = self.seen
             self.branch.samples = len(x_t)
         x0 = level.x0(output.float(), x_t.float())
         score = torch.full((len(x_t),), float("nan"))
@@ -96,58 +98,61 @@ class Guard:
                 self._look(x0, score)
             self.asked += 1
         γ = self.how.strength * guidance.stage(self.how.schedule, progress, self.how.window)
-        Δ, fired = None, self.fired.any(1)
-        if γ > 0 and fired.any():
+        text = self.how.direction == "text"
+        Δ, corrected = None, (self.fired if text else self.seen).any(1)
+        if γ > 0 and corrected.any():
             Δ = torch.zeros_like(x0)
-            if self.how.direction == "text":
+            if text:
                 Δ = self._against_text(x0, γ) / level.slope
             else:
-                rows = fired.nonzero().flatten()
+                rows = corrected.nonzero().flatten()
                 Δ[rows] = self._down_gradient(x0, rows, γ, i, level)
         self.trace.steps.append(
-            Step(float(t), score.tolist(), fired.tolist(), time.perf_counter() - begun)
+            Step(float(t), score.tolist(), corrected.tolist(), time.perf_counter() - begun)
         )
         return Δ
 
     def _look(self, x0: Tensor, score: Tensor) -> None:
-        """Ask the density about every sample of which it does not know the worst already."""
-        known = self.fired.all(1) if self.how.latch else torch.zeros_like(self.fired[:, 0])
-        rows = (~known).nonzero().flatten()
-        if not len(rows):
-            return
-        harm = self.density(self.look(x0[rows]))
-        now = harm.per_concept >= self.density.thresholds.to(harm.per_concept)
-        self.fired[rows] = now | self.fired[rows] if self.how.latch else now
-        score[rows.cpu()] = harm.score.float().cpu()
+        """Ask the density; what has been seen is seen until p_h < release · η."""
+        harm = self.density(self.look(x0))
+        η = self.density.thresholds.to(harm.per_concept)
+        low = η - (1 - self.how.release) * η.abs()
+        self.seen = harm.per_concept >= torch.where(self.seen, low, η)
+        self.fired = self.fired | self.seen
+        score[:] = harm.score.float().cpu()
 
     def _against_text(self, x0: Tensor, w: float) -> Tensor:
-        """−s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)) in the prediction, (B, C, h, w)."""
-        assert self.branch is not None
-        rows, concepts = self.fired.nonzero(as_tuple=True)
-        e_h, e_p, e_0, s = self.branch.predict(rows, [self.texts[c] for c in concepts.tolist()])
-        M = self._whereabouts(x0, rows, concepts)
-        total = torch.zeros_like(x0).index_add(0, rows, -w * s * M * (e_h - e_0).float())
-        # One prompt, however many concepts: of its guidance no more is taken away than there is.
-        at = rows.view(-1, 1, 1, 1).expand_as(M)
-        most = torch.zeros_like(x0[:, :1]).scatter_reduce(0, at, M, "amax")
-        prompt = torch.zeros_like(x0).index_copy(0, rows, (e_p - e_0).float())
-        return total - s * most * prompt
+        """−s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)) in the prediction, (B, C, h, w).
 
-    def _whereabouts(self, x0: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
-        """M of some (sample, concept) pairs, (R, 1, h, w), found anew where it is old."""
+        The maximum is over all concepts that ever fired, the sum over those that are seen now.
+        """
+        assert self.branch is not None
+        M = self._whereabouts(x0)
+        e_p, e_0, s = self.branch.pair()
+        # One prompt, however many concepts: of its guidance no more is taken away than there is.
+        Δ = -s * M.amax(1, keepdim=True) * (e_p - e_0).float()
+        rows, concepts = self.seen.nonzero(as_tuple=True)
+        if len(rows):
+            e_h = self.branch.under(rows, [self.texts[c] for c in concepts.tolist()])
+            push = -w * s * M[rows, concepts].unsqueeze(1) * (e_h - e_0[rows]).float()
+            Δ = Δ.index_add(0, rows, push)
+        return Δ
+
+    def _whereabouts(self, x0: Tensor) -> Tensor:
+        """M_h, (B, M, h, w), 0 for what never fired; found anew where it is old and h is seen."""
         if not self.how.places:
-            return torch.ones(len(rows), 1, *x0.shape[2:], device=x0.device)
+            everywhere = self.fired[:, :, None, None].expand(*self.fired.shape, *x0.shape[2:])
+            return everywhere.to(x0)
         i = len(self.trace.steps)
         if self.places is None:
             self.places = x0.new_zeros(*self.fired.shape, *x0.shape[2:])
             self.found = torch.full_like(self.fired, -self.how.refresh, dtype=torch.long)
-        old = i - self.found[rows, concepts] >= self.how.refresh
-        if old.any():
-            r, c = rows[old], concepts[old]
-            M = guidance.whereabouts(self.look(x0[r]), self.density, c, self.how.places)
-            self.places[r, c] = F.interpolate(M, x0.shape[2:], mode="area").squeeze(1)
-            self.found[r, c] = i
-        return self.places[rows, concepts].unsqueeze(1)
+        rows, concepts = (self.seen & (i - self.found >= self.how.refresh)).nonzero(as_tuple=True)
+        if len(rows):
+            M = guidance.whereabouts(self.look(x0[rows]), self.density, concepts, self.how.places)
+            self.places[rows, concepts] = F.interpolate(M, x0.shape[2:], mode="area").squeeze(1)
+            self.found[rows, concepts] = i
+        return self.places
 
     def _down_gradient(self, x0: Tensor, rows: Tensor, γ: float, i: int, level: Level) -> Tensor:
         how, start = self.how, x0[rows]

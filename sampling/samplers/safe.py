@@ -95,7 +95,7 @@ def density_of(config: Any, concept: Concept, pipeline: Any) -> Any:
 def published_correction() -> Correction:
     """x̂0 − γ ∇log p_h with γ = 75 at every step that fires (arXiv 2505.08817)."""
     return Correction(
-        direction="gradient", scale="published", strength=75.0, start=0.0, latch=False
+        direction="gradient", scale="published", strength=75.0, start=0.0, release=1.0
     )
 
 

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = load_pipeline("emoji")
     density = config.density.build(Concept(targets=["a bomb"]))
-    idle = Correction(direction="gradient", strength=0.0, start=0.0, latch=False)
+    idle = Correction(direction="gradient", strength=0.0, start=0.0)
     watched = guard(pipeline, density, look=config.decoder.build(pipeline), how=idle)
     prompts = [(WITH + WITHOUT)[i % len(WITH + WITHOUT)] for i in range(config.pictures)]
     scores, pictures = [], []

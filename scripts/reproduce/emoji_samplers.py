@@ -25,7 +25,7 @@ from expunge.errors import UserError
 from expunge.results import provenance, write_json_atomic, write_text_atomic
 
 CONCEPT = ["a bomb"]
-GRADIENT: dict[str, Any] = {"direction": "gradient", "latch": False}
+GRADIENT: dict[str, Any] = {"direction": "gradient", "release": 1.0}
 SAMPLERS: dict[str, dict[str, Any]] = {
     "safe": {"type": "safe"},
     "published": {"type": "published"},

@@ -61,7 +61,7 @@ def published(config: Config, η: float | None, γ: float, k: int = 1, filter_: 
     if filter_:
         density = {"type": "sd_filter"} | ({"file": config.sd_filter} if config.sd_filter else {})
     correction = {"direction": "gradient", "scale": "published", "strength": γ}
-    correction |= {"start": 0.0, "latch": False}
+    correction |= {"start": 0.0, "release": 1.0}
     return {"type": "published", "density": density, "correction": correction}
 
 

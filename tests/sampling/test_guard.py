@@ -67,7 +67,7 @@ def test_a_density_that_fires_is_lowered(pipeline, scale) -> None:
 @pytest.mark.parametrize(
     "more",
     [{"copies": 3}, {"repeats": 3}, {"momentum": 0.5}, {"smooth": 1.0}, {"schedule": "cosine"},
-     {"schedule": "window"}, {"schedule": [1.0, 0.5]}, {"latch": False}, {"start": 0.5},
+     {"schedule": "window"}, {"schedule": [1.0, 0.5]}, {"release": 1.0}, {"start": 0.5},
      {"every": 2}],
     ids=str,
 )  # fmt: skip
@@ -171,34 +171,46 @@ def test_every_concept_that_fires_is_steered_away_from(pipeline) -> None:
     assert torch.equal(draw(one), draw(guard(pipeline, Brightness(0.0), how=TEXT)))
 
 
-def test_a_latched_sample_is_still_looked_at_for_other_concepts(pipeline) -> None:
-    class Late(Halves):
-        """The first concept shows up in the first look alone, the second from the third on."""
+class Script(Halves):
+    """Two concepts whose scores are written down, look by look."""
 
-        def __init__(self):
-            super().__init__(0.0, 0.5)
-            self.looks = 0
+    def __init__(self, *looks):
+        super().__init__(0.5, 0.5)
+        self.looks = iter(looks)
 
-        def per_concept(self, images):
-            self.looks += 1
-            found = torch.zeros(len(images), 2)
-            found[:, 0] = -float(self.looks > 1)
-            found[:, 1] = float(self.looks > 2)
-            return found
+    def per_concept(self, images):
+        return torch.tensor(next(self.looks)).expand(len(images), 2)
 
-    late = Late()
-    guarded = guard(pipeline, late, how=TEXT)
-    calls = []
-    with_branch = guarded._guard._against_text
+
+def test_what_was_seen_is_seen_until_it_is_well_below(pipeline) -> None:
+    density = Script([0.6, 0.2], [0.4, 0.4], [0.4, 0.6], [0.3, 0.4])
+    guarded = guard(pipeline, density, how=replace(TEXT, release=0.7))
+    worker, seen, asked = guarded._guard, [], []
+    against = worker._against_text
 
     def spy(x0, w):
-        calls.append(guarded._guard.fired.clone())
-        return with_branch(x0, w)
+        seen.append(worker.seen[0].tolist())
+        under = worker.branch.under
+        worker.branch.under = lambda rows, texts: asked.append(texts) or under(rows, texts)
+        return against(x0, w)
 
-    guarded._guard._against_text = spy
-    draw(guarded)
-    assert [call.all(0).tolist() for call in calls] == [[True, False]] * 2 + [[True, True]] * 2
-    assert late.looks == 3  # everything is known then
+    worker._against_text = spy
+    draw(guarded, ["a key"])
+    assert seen == [[True, False], [True, False], [True, True], [False, True]]
+    assert [step.fired for step in guarded.trace.steps] == [[True]] * 4
+
+
+def test_what_is_gone_costs_no_branch_and_is_not_prompted_for_again(pipeline) -> None:
+    """Seen in the first step alone: then ẽ = e0 to the end, and nothing more is predicted."""
+    guarded = guard(
+        pipeline, Script([0.6, 0.0], *[[0.0, 0.0]] * 3), how=replace(TEXT, strength=1e-6)
+    )
+    calls = []
+    handle = pipeline.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    found = draw(guarded, ["a bomb"])
+    handle.remove()
+    assert len(calls) == 5
+    assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
 
 
 def test_a_density_that_was_never_asked_is_an_error(pipeline) -> None:
@@ -232,8 +244,8 @@ def test_what_is_below_zero_is_left_alone(pipeline) -> None:
         def per_concept(self, images):
             return super().per_concept(images) - 2
 
-    latched = Correction(direction="gradient", strength=5.0)
-    assert torch.equal(draw(guard(pipeline, Signed(-3.0), how=latched)), draw(pipeline))
+    strong = Correction(direction="gradient", strength=5.0)
+    assert torch.equal(draw(guard(pipeline, Signed(-3.0), how=strong)), draw(pipeline))
 
 
 def test_the_pipeline_itself_stays_unguarded_and_saves_as_what_it_was(pipeline, tmp_path) -> None:
@@ -348,7 +360,7 @@ def test_strict_draws_again_before_it_withholds(pipeline) -> None:
     "bad",
     [{"strength": -1}, {"repeats": 0}, {"copies": 0}, {"momentum": 1.0}, {"start": 1.0},
      {"strength": float("nan")}, {"schedule": []}, {"schedule": [1.0, -1.0]},
-     {"window": (0.7, 0.3)}],
+     {"window": (0.7, 0.3)}, {"release": 1.1}, {"release": float("nan")}],
     ids=str,
 )  # fmt: skip
 def test_impossible_corrections_are_refused(bad) -> None:
