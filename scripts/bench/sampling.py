@@ -68,6 +68,7 @@ def main() -> None:
         plain = seconds("plain", FIRING)
         ratios["fired"].append(seconds("safe", FIRING) / plain)
         ratios["published"].append(seconds("published", FIRING) / plain)
+    work = counted(lambda: seconds("safe", FIRING), samplers["safe"], args.pictures)
     trace = samplers["safe"].trace
     for name, values in ratios.items():
         print(
@@ -76,7 +77,7 @@ def main() -> None:
     result = {f"{name}_ratio": round(statistics.median(v), 3) for name, v in ratios.items()}
     looks = sum(not all(map(_nan, step.score)) for step in trace.steps)
     result |= {"rounds": args.rounds, "pictures": args.pictures, "steps": STEPS, "looks": looks}
-    result |= {"sd15": sd15(SAMPLERS.load("safe")().correction), "threads": args.threads}
+    result |= {"fired_work": work, "sd15": sd15(looks, work), "threads": args.threads}
     print(json.dumps(result | {"machine": provenance()["platform"]}))
 
 
@@ -84,8 +85,35 @@ def _nan(x: float) -> bool:
     return x != x
 
 
-def sd15(how) -> dict[str, float]:
-    """Ratios by counted operations, at SD 1.5's size: a UNet pair is a plain step."""
+def counted(run, guarded, pictures: int) -> dict[str, float]:
+    """What a run does a picture: branches of the UNet beyond the pairs, looks of the CLIP."""
+    rows = {"branches": 0, "looks": 0}
+
+    def count(name):
+        def hook(module, args) -> None:
+            rows[name] += len(args[0])
+
+        return hook
+
+    ((eye, _),) = guarded._guard.density.guides
+    handles = [
+        module.register_forward_pre_hook(count(name))
+        for name, module in (("branches", guarded.unet.conv_in), ("looks", eye.model.visual))
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    rows["branches"] -= 2 * STEPS * pictures
+    return {name: round(n / pictures, 2) for name, n in rows.items()}
+
+
+def sd15(looks: int, work: dict[str, float]) -> dict[str, float]:
+    """Ratios by counted operations, at SD 1.5's size: a UNet pair is a plain step.
+
+    Args:
+        looks: At a picture on which nothing fires.
+        work: Of one that fires, as counted on the bundled model.
+    """
     import open_clip
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -119,19 +147,16 @@ def sd15(how) -> dict[str, float]:
             part.requires_grad_(False)
         z, p = x.clone().requires_grad_(), pixels.clone().requires_grad_()
         both = flops(lambda: vae.decode(z).sample, True) + flops(lambda: clip.encode_image(p), True)
-    looks = len(range(int(how.start * STEPS), STEPS, how.every))
     plain = 2 * branch * STEPS
     gate = looks * (eye + cheap)
-    # From the first look on: a third branch in every step, and now and then the map of places.
-    steps = STEPS - int(how.start * STEPS)
-    maps = -(-steps // how.refresh) * ((how.places**2 + 1) * eye + cheap)
-    fired = steps * branch + maps
+    # What is covered for a map is not decoded anew; that it was is an upper bound.
+    fired = work["branches"] * branch + work["looks"] * (eye + cheap)
     return {
         "tflop_unet_pair": round(2 * branch / 1e12, 3),
         "tflop_vae_decode": round(decode / 1e12, 3),
         "tflop_look": round((eye + cheap) / 1e12, 4),
         "benign_ratio": round(1 + gate / plain, 3),
-        "fired_ratio": round(1 + (gate + fired) / plain, 3),
+        "fired_ratio": round(1 + fired / plain, 3),
         "published_ratio": round(1 + both / (2 * branch), 3),
     }
 
