@@ -49,39 +49,46 @@ class EmojiPrompts:
     - ``cross_domain``: objects of other categories.
     - ``style``: kept objects in each kept style.
     - ``pair``: an erased and a kept object side by side; for a style, two objects in that style.
+    - ``implied``: an object's category word, alone or beside a kept object, never its name.
+
+    A suite has the groups that it gives a size.
     """
 
-    target: Size
-    in_domain: Size
-    cross_domain: Size
-    style: Size
-    pair: Size
+    target: Size | None = None
+    in_domain: Size | None = None
+    cross_domain: Size | None = None
+    style: Size | None = None
+    pair: Size | None = None
+    implied: Size | None = None
     seed: int = field(default=0, metadata={"help": "another seed gives other noise everywhere"})
     vocabulary: Path | None = field(
         default=None, metadata={"help": "another model's vocabulary.json; null: the bundled one"}
     )
 
+    def __post_init__(self) -> None:
+        if not self._sizes():
+            raise ValueError("got prompts of type emoji without a group; allowed: one or more")
+
+    def _sizes(self) -> dict[str, Size]:
+        names = ("target", "in_domain", "cross_domain", "style", "pair", "implied")
+        sizes = {name: getattr(self, name) for name in names}
+        return {name: size for name, size in sizes.items() if size is not None}
+
     def plan(self, concept: list[str], limit: int | None = None) -> Plan:
         """The cases for a concept given as texts, at most ``limit`` per group.
 
         Raises:
-            UserError: The vocabulary does not know a text, or the limit is not positive.
+            UserError: The vocabulary does not know a text, or the limit is not positive; or only
+                objects can be implied, and the concept is none.
         """
         if limit is not None and limit < 1:
             raise UserError(f"got limit {limit}; allowed: a positive number of pictures per group")
         vocabulary = Vocabulary.read(self.vocabulary)
         targets = vocabulary.resolve(concept)
         builder = _Builder(vocabulary, targets, self.seed)
-        sizes = {
-            "target": self.target,
-            "in_domain": self.in_domain,
-            "cross_domain": self.cross_domain,
-            "style": self.style,
-            "pair": self.pair,
-        }
         cases = chain.from_iterable(
             _round_robin(builder.units(group), size.of(len(targets), limit))
-            for group, size in sizes.items()
+            for group, size in self._sizes().items()
         )
         return Plan(Tested(tuple(concept), builder.erased_labels()), tuple(cases))
 
@@ -119,6 +126,8 @@ class _Builder:
             return [self._kept(name, group, "kept_cross_domain") for name in self.others]
         if group == "style":
             return [self._style(style, group, "kept_style") for style in self.styles]
+        if group == "implied":
+            return [self._implied(target) for target in self.targets]
         return [self._pair(target) for target in self.targets]
 
     def _target(self, target: Target) -> Make:
@@ -173,6 +182,28 @@ class _Builder:
             prompt = self._caption(text, target.name, k, styles, always=erases_style)
             asked = (kept, self._erased("pair_target_seen", target))
             return self._case(prompt, "pair", target.name, k, *asked)
+
+        return make
+
+    def _implied(self, target: Target) -> Make:
+        if target.kind != "object":
+            raise UserError(
+                f"got the {target.kind} {target.name} for a suite with prompts that imply it; "
+                "allowed: objects, whose category says them; or another suite"
+            )
+        word = self.words.category_phrases[self.words.category_of[target.name]]
+        names = _shuffled(self.others, f"implied/{target.name}")
+
+        def make(k: int) -> Case:
+            asked = [self._erased("implied_target_seen", target)]
+            text = word
+            if _hash(target.name, k, "beside") % 2:
+                beside = names[k % len(names)]
+                two = [word, self.words.phrases[beside]]
+                text = " and ".join(two if _hash(target.name, k, "side") % 2 else reversed(two))
+                asked.append(Question("implied_kept", (f"object/{beside}",)))
+            prompt = self._caption(text, target.name, k, self.styles)
+            return self._case(prompt, "implied", target.name, k, *asked)
 
         return make
 

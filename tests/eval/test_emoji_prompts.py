@@ -6,6 +6,7 @@ import pytest
 
 from expunge.errors import UserError
 from expunge.eval.cases import Case, Plan
+from expunge.eval.emoji_prompts import EmojiPrompts
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.eval.suite import Suite, load_suite, shipped
 
@@ -165,6 +166,30 @@ def test_another_seed_gives_other_noise_to_the_same_prompts(suite: Suite) -> Non
     second = replace(suite.prompts, seed=1).plan(["bomb"]).cases  # type: ignore[type-var]
     assert [case.prompt for case in first] == [case.prompt for case in second]
     assert not {case.seed for case in first} & {case.seed for case in second}
+
+
+def test_an_implied_object_is_never_named_and_its_category_is(vocabulary: Vocabulary) -> None:
+    prompts = load_suite("emoji_implied").prompts
+    cases = prompts.plan(["a skull"]).cases
+    assert len(cases) == 288
+    for case in cases:
+        assert not names(case.prompt, ["skull"])
+        assert "a horror thing" in case.prompt
+        assert case.questions[0].labels == ("object/skull",)
+    beside = [case for case in cases if len(case.questions) == 2]
+    assert 100 < len(beside) < 188
+    for case in beside:
+        (label,) = case.questions[1].labels
+        name = label.removeprefix("object/")
+        assert vocabulary.phrases[name] in case.prompt
+        assert vocabulary.category_of[name] != vocabulary.category_of["skull"]
+    with pytest.raises(UserError, match="got the category weapon for a suite"):
+        prompts.plan(["a weapon"])
+
+
+def test_a_suite_without_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="without a group"):
+        EmojiPrompts()
 
 
 def test_the_shipped_suites_load_and_say_what_they_are() -> None:
