@@ -47,9 +47,9 @@ class Config:
         default_factory=lambda: ["a bomb", "a dagger", "a sword", "an axe"],
         metadata={"repeat": True},
     )
-    # The thesis has η 0.23 and γ 75, for another CLIP and another VAE. None: what the CLIP says.
+    # The thesis has 0.23, for another CLIP. None: what the CLIP says.
     threshold: float | None = None
-    strength: float = 0.5
+    strength: float = 75.0
     values: list[float] = field(default_factory=list)
     limit: int | None = None
     threads: int = 2
