@@ -17,6 +17,7 @@ from expunge.backbones import BUNDLED, bundled, load_pipeline, recommended_guida
 from expunge.clip import load_clip
 from expunge.concepts import Concept
 from expunge.configuration import parse
+from expunge.errors import UserError
 from expunge.eval.command import EvalConfig, run
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.eval.harness import to_tensor
@@ -89,6 +90,9 @@ def row(
         model: Whom it guards.
         limit: Pictures a group.
         clip: Whose cosine is the CLIP score. It is no verdict on rows that it steers.
+
+    Raises:
+        UserError: As `expunge eval`, or the suite makes a single picture.
     """
     report = run(
         EvalConfig(
@@ -97,6 +101,8 @@ def row(
         )
     )  # fmt: skip
     cases = json.loads((folder / "scores.json").read_text())["rows"]
+    if len(cases) < 2:
+        raise UserError("got one picture; allowed: two or more, for a distance; raise --limit")
     pictures = ImageStore(store)
     ours, base = (
         to_tensor([pictures.read(case[name]["picture"]) for case in cases])

@@ -1,0 +1,63 @@
+"""The scripts that reproduce the thesis and the table of samplers, each run once, small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *arguments],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_a_sweep_of_the_thesis_leaves_tables_and_a_figure(tmp_path) -> None:
+    done = run(
+        "thesis.py", "--experiment", "strength", "--values", "[0, 300]", "--limit", "1",
+        "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "strength.json").read_text())["rows"]
+    assert list(rows) == ["γ = 0", "γ = 300"]
+    assert rows["γ = 0"]["n"] == 5
+    # Without strength nothing happens; with it the bombs change, and so the distance to plain.
+    assert rows["γ = 0"]["kid"] == pytest.approx(0, abs=1e-9)
+    assert rows["γ = 300"]["kid"] != pytest.approx(0, abs=1e-4)
+    tables = (tmp_path / "strength.md").read_text()
+    assert "n = 5 pictures a row" in tables
+    assert "| γ = 300 |" in tables
+    assert (tmp_path / "strength.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_samplers(tmp_path) -> None:
+    done = run(
+        "emoji_samplers.py", "--only", "negative prompt", "--limit", "2", "--rounds", "1",
+        "--suite", "emoji_implied", "--concept", "a skull", "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads((tmp_path / "table.json").read_text())["rows"]["negative prompt"]
+    assert row["n"] == 2
+    assert row["cost"] > 0
+    assert "| negative prompt |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("thesis.py", ["--experiment", "singel"], "allowed: single"),
+        ("thesis.py", ["--experiment", "k", "--values", "[9]"], "top_k"),
+        ("emoji_samplers.py", ["--only", "magic"], "allowed: safe"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, script, arguments, said) -> None:
+    done = run(script, *arguments, "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
