@@ -19,10 +19,14 @@ class Branch:
     Everything else of the call stays as it was (timestep, the picture to inpaint, ControlNet's
     residuals, SDXL's sizes), so that any pipeline with a UNet has a further branch without its
     knowledge, with guidance or without. Used as a context: outside of it the UNet is untouched.
+
+    Args:
+        pipeline: Of diffusers.
+        clip_skip: Of the call: further texts are encoded as its prompt is.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, clip_skip: int | None = None) -> None:
+        self.pipeline, self.clip_skip = pipeline, clip_skip
         self._texts: dict[str, Text] = {}
         self._call: tuple[Tensor, Any, dict[str, Any], Tensor] | None = None
         self.samples = 0
@@ -97,7 +101,7 @@ class Branch:
         sample, t, kwargs, _ = self._last()
         for text in dict.fromkeys(texts):
             if text not in self._texts:
-                self._texts[text] = encode(self.pipeline, text)
+                self._texts[text] = encode(self.pipeline, text, self.clip_skip)
         sample, t, kwargs = pick((sample, t, kwargs), len(sample), rows)
         kwargs = with_texts(kwargs, [self._texts[text] for text in texts])
         # The bare forward: its hooks would take this call for the pipeline's.

@@ -186,9 +186,10 @@ def guide_denoiser(pipeline: Any, start: Callable[[Any, Mapping[str, Any]], Guid
     class Guided:
         @functools.wraps(inner)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            hook = _Hook(self, start(self, _arguments(inner, self, args, kwargs)))
+            call = super().__call__  # type: ignore[misc]
+            hook = _Hook(self, start(self, arguments(call, args, kwargs)))
             with hook:
-                done = super().__call__(*args, **kwargs)  # type: ignore[misc]
+                done = call(*args, **kwargs)
             if not hook.calls:
                 raise UserError(
                     f"got a {type(self).__name__} that never called its UNet, so that its "
@@ -294,10 +295,11 @@ class _Hook:
             )
 
 
-def _arguments(
-    call: Callable[..., Any], pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+def arguments(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    bound = dict(inspect.signature(call).bind(pipeline, *args, **kwargs).arguments)
+    """What a pipeline is called with, by name."""
+    bound = dict(inspect.signature(call).bind(*args, **kwargs).arguments)
     rest: dict[str, Any] = bound.pop("kwargs", {})
     return bound | rest
 

@@ -17,6 +17,7 @@ from expunge.guidance import Decode
 from expunge.prediction import Level
 from expunge.sampling.branch import Branch
 from expunge.sampling.correction import Correction
+from expunge.sampling.denoiser_hook import arguments
 from expunge.sampling.graft import graft
 from expunge.sampling.guard_trace import Step, Trace
 from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
@@ -222,10 +223,11 @@ class Guarded:
                 f"got a {type(scheduler).__name__} that was put in after the guard; allowed: the "
                 "guarded one; choose the scheduler first, then guard the pipeline"
             )
-        with Branch(self) as branch:
+        call = super().__call__  # type: ignore[misc]
+        with Branch(self, arguments(call, args, kwargs).get("clip_skip")) as branch:
             guard.begin(branch)
             try:
-                done = super().__call__(*args, **kwargs)  # type: ignore[misc]
+                done = call(*args, **kwargs)
             except BaseException:
                 guard.branch = None
                 raise

@@ -124,6 +124,30 @@ def test_text_direction_is_its_formula(pipeline, scale) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_the_text_is_encoded_as_the_prompt_is(tiny_sdxl) -> None:
+    """Where prompt and concept are one text, ep = e_h, under clip_skip as well.
+
+    On SDXL: on SD 1.x diffusers 0.42 cannot skip with transformers 5.
+    """
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny_sdxl)
+    guarded = guard(pipeline, Brightness(0.0), how=TEXT)
+    found = []
+    under = guarded._guard._against_text
+
+    def spy(x0, w):
+        branch = guarded._guard.branch
+        e_p, _, _ = branch.pair()
+        found.append((branch.under(torch.tensor([0]), ["a bomb"]), e_p))
+        return under(x0, w)
+
+    guarded._guard._against_text = spy
+    draw(guarded, ["a bomb"], clip_skip=1, num_inference_steps=1)
+    draw(guarded, ["a bomb"], num_inference_steps=1)
+    (skipped, prompt), (whole, _) = found
+    assert torch.allclose(skipped, prompt, atol=1e-5)
+    assert not torch.allclose(skipped, whole, atol=1e-3)
+
+
 def test_only_where_the_concept_is_seen_the_prediction_changes(pipeline) -> None:
     """A density of the left half alone: in the first step nothing changes to the right of it."""
 
