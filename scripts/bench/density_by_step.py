@@ -24,6 +24,7 @@ from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
+from expunge.densities.head_training import auc
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.generation import generate
 from expunge.results import provenance, write_json_atomic
@@ -47,12 +48,6 @@ class Config:
     )
     decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("vae")())
     threads: int = 1
-
-
-def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """P(positive > negative), ties by half."""
-    gap = positive[:, None] - negative[None, :]
-    return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean())
 
 
 def main(argv: list[str]) -> None:

@@ -151,6 +151,8 @@ def draw(rows: dict[str, dict[str, Any]], letter: str, file: Path) -> None:
             side.axhline(first["base"][name]["value"], color=line.get_color(), ls=":", lw=0.8)
         if letter == "γ" and min(x) > 0:
             side.set_xscale("log")
+        side.set_xticks(x, [f"{value:g}" for value in x])
+        side.minorticks_off()
         side.set(xlabel=letter, title=f"{title} ({'higher' if better else 'lower'} is better)")
         side.legend(frameon=False, fontsize=7)
     sides[0].set(ylim=(-0.03, 1.03), ylabel="share of pictures")
