@@ -16,7 +16,8 @@ VERBS = Registry(
         "train": Entry("expunge.train.train_erase:main", "erase a concept from a model's weights"),
         "sample": Entry("expunge.sampling.command:main", "make pictures, with or without a LoRA"),
         "calibrate": Entry(
-            "expunge.densities.command:main", "put a harm density on the scale of harmless pictures"
+            "expunge.sampling.calibrate:main",
+            "put a harm density on the scale of harmless pictures",
         ),
         "distill-decoder": Entry(
             "expunge.decoding.command:main", "make a cheap decoder of x̂0 for harm densities"

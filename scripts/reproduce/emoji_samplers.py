@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import cost, markdown, row, shown
 
-import expunge.densities.command
+import expunge.sampling.calibrate
 from expunge.cli import run
 from expunge.configuration import parse
 from expunge.errors import UserError
@@ -99,7 +99,7 @@ def calibrate(concept: str, file: Path) -> None:
     arguments = ["--concept.targets", json.dumps([concept]), "--output", str(file)]
     for prompt in prompts:
         arguments += ["--prompt", prompt]
-    expunge.densities.command.main([*arguments, "--images_per_prompt", "20", "--seed", "1000000"])
+    expunge.sampling.calibrate.main([*arguments, "--images_per_prompt", "20", "--seed", "1000000"])
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

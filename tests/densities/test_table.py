@@ -184,7 +184,7 @@ def test_the_python_of_the_docs_runs(tiny_clip, folder_of, drawn, tmp_path, monk
 def test_the_commands_of_the_docs_are_understood() -> None:
     import shlex
 
-    from expunge.densities.command import CalibrateConfig
+    from expunge.sampling.calibrate import CalibrateConfig
 
     page = (ROOT / "docs" / "densities.md").read_text(encoding="utf-8")
     lines = page.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()

@@ -48,6 +48,10 @@ class CalibrateConfig:
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
     images_per_prompt: int = field(default=4, metadata={"help": "seeds seed, seed + 1, …"})
     seed: int = field(default=0, metadata={"help": "seed of a prompt's first picture"})
+    at: Literal["steps", "end"] = field(
+        default="steps",
+        metadata={"help": "what is scored of a drawn picture: the x̂0 of all steps, or its end"},
+    )
     steps: int = field(default=25, metadata={"help": "denoising steps"})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
@@ -60,6 +64,8 @@ class CalibrateConfig:
         for name in ("images_per_prompt", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
+        if self.at == "steps" and self.steps < 2:
+            raise ValueError("got steps 1 at steps; allowed: 2 or more, or --at end")
         if not self.output.endswith(".json"):
             raise ValueError(f"got output {self.output}; allowed: a name that ends in .json")
         if (self.images is None) == (not self.prompt and self.prompts_file is None):
@@ -96,14 +102,15 @@ def main(argv: list[str]) -> None:
         ) from error
     density = config.density.build(config.concept, device)
     _refuse_harmful(prompts, density)
-    if config.images is not None:
-        pictures, source = _stored(config.images, config.batch_size)
-    else:
-        pictures, source = _generated(config, prompts, device)
     with torch.no_grad():
-        # Through the density's own call, which refuses NaN.
-        parts = [density(part.to(device)).per_concept.float().cpu() for part in pictures]
-    scores = torch.cat(parts).T.sort(dim=1).values
+        if config.images is not None:
+            pictures, source = _stored(config.images, config.batch_size)
+            # Through the density's own call, which refuses NaN.
+            parts = [density(part.to(device)).per_concept for part in pictures]
+        else:
+            drawn, source = _drawn(config, prompts, density, device)
+            parts = list(drawn)
+    scores = torch.cat([part.float().cpu() for part in parts]).T.sort(dim=1).values
     if scores.shape[1] < LEAST:
         raise UserError(
             f"got {scores.shape[1]} harmless pictures; allowed: {LEAST} or more, better hundreds"
@@ -177,11 +184,15 @@ def _stored(folder: str, batch_size: int) -> tuple[Iterator[Tensor], dict[str, A
     return read(), source
 
 
-def _generated(
-    config: CalibrateConfig, prompts: Sequence[str], device: str
+def _drawn(
+    config: CalibrateConfig, prompts: Sequence[str], density: HarmDensity, device: str
 ) -> tuple[Iterator[Tensor], dict[str, Any]]:
+    """Scores (B, M) of batches of pictures that the model draws."""
     from expunge import backbones
     from expunge.generation import generate
+    from expunge.sampling.correction import Correction
+    from expunge.sampling.guard import guard
+    from expunge.sampling.most import Most
 
     guidance = config.guidance_scale
     if guidance is None:
@@ -192,9 +203,15 @@ def _generated(
         "model": config.model,
         "prompts": list(prompts),
         "images_per_prompt": config.images_per_prompt,
+        "at": config.at,
         "steps": config.steps,
         "guidance_scale": guidance,
     }
+    most = Most(density)
+    if config.at == "steps":
+        # A guard that looks, with its own decoder and from its own first step on, and never acts.
+        idle = Correction(direction="gradient", strength=0.0)
+        pipeline = guard(pipeline, most, how=idle)
 
     def draw() -> Iterator[Tensor]:
         from tqdm import tqdm
@@ -202,7 +219,8 @@ def _generated(
         with tqdm(total=len(jobs), unit="image", disable=None) as bar:
             for start in range(0, len(jobs), config.batch_size):
                 part = jobs[start : start + config.batch_size]
-                yield generate(
+                most.forget()
+                pictures = generate(
                     pipeline,
                     [prompt for prompt, _ in part],
                     [seed for _, seed in part],
@@ -210,6 +228,9 @@ def _generated(
                     guidance_scale=guidance,
                     batch_size=config.batch_size,
                 )
+                if config.at == "end":
+                    most(pictures.to(device))
+                yield most.scores
                 bar.update(len(part))
 
     return draw(), source

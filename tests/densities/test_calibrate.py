@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from expunge.backbones import load_pipeline
 from expunge.cli import main
 from expunge.configuration import parse
 from expunge.densities.calibrated import Calibrated
 from expunge.densities.clip_text import ClipText
-from expunge.densities.command import CalibrateConfig
 from expunge.densities.reference import read_reference
+from expunge.generation import generate
 from expunge.results import sha256_folder
+from expunge.sampling.calibrate import CalibrateConfig
+from expunge.sampling.correction import Correction
+from expunge.sampling.guard import guard
 
 
 def calibrate(*options: str) -> int:
@@ -50,7 +54,7 @@ def test_a_folder_of_pictures_becomes_a_scale(
 def test_a_model_draws_harmless_prompts(text, tiny_sd1: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "c.json"
     (tmp_path / "prompts.txt").write_text("a cat face\n\n  a frog\n")
-    options = ["--model", tiny_sd1, "--steps", "1", "--seed", "5", "--images_per_prompt", "6"]
+    options = ["--model", tiny_sd1, "--steps", "2", "--seed", "5", "--images_per_prompt", "6"]
     options += ["--prompt", "a pizza", "--prompts_file", str(tmp_path / "prompts.txt")]
     assert calibrate(*text, *options, "--output", str(out), "--device", "cpu") == 0
     reference = read_reference(out)
@@ -58,6 +62,25 @@ def test_a_model_draws_harmless_prompts(text, tiny_sd1: str, tmp_path: Path, cap
     assert reference.about["seed"] == 5
     assert reference.about["source"]["prompts"] == ["a pizza", "a cat face", "a frog"]
     assert "only 18 pictures: no threshold above 0.889" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["steps", "end"])
+def test_what_is_drawn_is_scored_as_a_guard_sees_it_or_at_its_end(
+    at, tiny_clip: str, tiny_sd1: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.json"
+    options = ["--density.clip", tiny_clip, "--density.targets", '["a bomb"]', "--at", at]
+    options += ["--model", tiny_sd1, "--steps", "4", "--images_per_prompt", "16"]
+    options += ["--prompt", "a pizza", "--guidance_scale", "3", "--device", "cpu"]
+    assert calibrate(*options, "--output", str(out)) == 0
+    density = ClipText(tiny_clip, ["a bomb"], threshold=1.0).build()
+    how = Correction(direction="gradient", strength=0.0)
+    guarded = guard(load_pipeline(tiny_sd1), density, how=how)
+    pictures = generate(guarded, ["a pizza"] * 16, range(16), steps=4, guidance_scale=3.0)
+    seen = torch.tensor([step.score for step in guarded.trace.steps])
+    wanted = {"steps": seen.nan_to_num(-1).amax(0), "end": density(pictures).score}[at]
+    found = torch.tensor(read_reference(out).scores[0])
+    torch.testing.assert_close(found, wanted.sort().values, atol=1e-5, rtol=1e-4)
 
 
 def test_an_existing_file_is_kept_unless_it_is_said(
@@ -99,6 +122,7 @@ def unknown(images: torch.Tensor) -> torch.Tensor:
         (["--images", "few", "--density.threshold", "2"], "got threshold 2.0; allowed: -1 to 1"),
         (["--images", "few", "--density.top_k", "3"], "got top_k 3"),
         (["--images", "few", "--density.type", "clip_txt"], "did you mean clip_text"),
+        (["--prompt", "a cat", "--steps", "1"], "got steps 1 at steps"),
         (["--images", "few", "--output", "c.txt"], "ends in .json"),
         (["--prompt", "a cat face and a bomb"], "which names the concept"),
     ],

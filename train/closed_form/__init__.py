@@ -1,0 +1,1 @@
+"""Erasure without training: one linear equation, solved in seconds."""

@@ -1,0 +1,142 @@
+"""W' = argmin Σ a ‖W' c − W g‖² + Σ b ‖W' p − W p‖² + λ ‖W' − W‖², for every W at once.
+
+W are the keys and values of all cross-attention layers, which read the same embeddings: c of what
+is erased, g of what takes its place, p of what must stay (arXiv 2308.14761, equation 7). With
+E = Σ a (g − c) cᵀ and M = λ I + Σ a c cᵀ + Σ b p pᵀ the solution is W' = W (I + E M⁻¹): one change
+of the embeddings' space, the same for all layers, of rank at most the number of c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge.errors import UserError
+
+
+class Fitter:
+    """Accumulates embeddings; order does not matter. All in float64.
+
+    Args:
+        width: D, of the embeddings.
+        λ: How strongly W' is held to W, above 0.
+    """
+
+    def __init__(self, width: int, λ: float) -> None:
+        self.M = λ * torch.eye(width, dtype=torch.float64)
+        self.differences: list[Tensor] = []
+        self.erased: list[Tensor] = []
+
+    def erase(self, c: Tensor, g: Tensor, a: float = 1.0) -> None:
+        """W' c = W g is wanted, c and g (N, D), with weight a."""
+        c, g = c.double().cpu(), g.double().cpu()
+        self.M += a * c.T @ c
+        self.differences.append(a * (g - c))
+        self.erased.append(c)
+
+    def preserve(self, p: Tensor, b: float = 1.0) -> None:
+        """W' p = W p is wanted, p (N, D), with weight b."""
+        p = p.double().cpu()
+        self.M += b * p.T @ p
+
+    def solve(self) -> Edit:
+        """The frozen edit."""
+        if not self.erased:
+            raise ValueError("got nothing to erase")
+        C, G = torch.cat(self.erased), torch.cat(self.differences)
+        return Edit(G.T.contiguous(), torch.linalg.solve(self.M, C.T).T.contiguous())
+
+
+@dataclass(frozen=True)
+class Edit:
+    """T = P Q of W' = W (I + T).
+
+    Attributes:
+        P: (D, N).
+        Q: (N, D).
+    """
+
+    P: Tensor
+    Q: Tensor
+
+    @property
+    def T(self) -> Tensor:
+        """(D, D)."""
+        return self.P @ self.Q
+
+    def delta(self, W: Tensor) -> Tensor:
+        """ΔW = W T, (O, D)."""
+        return W.double().cpu() @ self.P @ self.Q
+
+    def lora(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+        """B (O, rank), A (rank, D) with B A nearest to ΔW, and ‖ΔW − B A‖ / ‖ΔW‖.
+
+        By the singular values of the small matrix between two orthogonal bases, so that it costs
+        the same for any width.
+        """
+        left, R = torch.linalg.qr(W.double().cpu() @ self.P)
+        right, S = torch.linalg.qr(self.Q.T)
+        U, σ, V = torch.linalg.svd(R @ S.T, full_matrices=False)
+        r = min(rank, len(σ))
+        root = σ[:r].sqrt()
+        B, A = left @ U[:, :r] * root, root[:, None] * (V[:r] @ right.T)
+        lost = σ[r:].square().sum().sqrt() / σ.square().sum().sqrt().clamp(min=1e-300)
+        if r < rank:
+            B = torch.cat([B, B.new_zeros(len(B), rank - r)], 1)
+            A = torch.cat([A, A.new_zeros(rank - r, A.shape[1])])
+        return B, A, float(lost)
+
+    def save(self, file: Path) -> None:
+        """As safetensors, exactly."""
+        from safetensors.torch import save_file
+
+        save_file({"P": self.P, "Q": self.Q}, file)
+
+    @staticmethod
+    def load(file: Path) -> Edit:
+        """What `save` wrote.
+
+        Raises:
+            UserError: It is something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            found = load_file(file)
+            return Edit(found["P"], found["Q"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"got edit {file}; allowed: a file that a closed-form erasure wrote; {error!r}"
+            ) from None
+
+
+def embeddings(pipeline: Any, prompt: str, phrase: str, tokens: str) -> Tensor:
+    """What cross-attention reads of a phrase in a prompt, (N, D).
+
+    Args:
+        pipeline: Whose text encoder it is.
+        prompt: The whole text.
+        phrase: Part of it, found at its last place; empty for the prompt's own end.
+        tokens: `last`, the phrase's last token, as published; `rest`, that and all behind it up to
+            the end of the sequence, which a causal text encoder has seen the phrase in.
+
+    Raises:
+        UserError: The prompt does not fit into the text encoder.
+    """
+    from expunge.backbones import encode_prompts
+
+    end = prompt.rfind(phrase) + len(phrase) if phrase else len(prompt)
+    # Less the token that begins and the one that ends; of nothing the one that begins is left.
+    last = len(pipeline.tokenizer(prompt[:end]).input_ids) - 2
+    (states,) = encode_prompts(pipeline, [prompt])
+    if last >= len(states) - 1:
+        raise UserError(
+            f"got prompt {prompt!r}, longer than the {len(states)} tokens that the text encoder "
+            "reads; allowed: a shorter one"
+        )
+    return states[last : last + 1] if tokens == "last" else states[last:]
