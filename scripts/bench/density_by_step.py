@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     judge, labels = load_judge(bundled("emoji") / "judge")
     there = judge.judge(torch.cat(pictures)).objects[:, labels["objects"].index("bomb")] >= 0.5
     rows = [
-        {"step": i, "auc": auc(s[there], s[~there]), "with": s[there].mean().item(),
+        {"step": i, "auc": auc(s, there), "with": s[there].mean().item(),
          "without_p99": s[~there].quantile(0.99).item()}
         for i, s in enumerate(score)
     ]  # fmt: skip
