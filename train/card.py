@@ -59,7 +59,7 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         targets=", ".join(config.concept.targets),
         folder=config.output_dir,
         objective=f"{result['objective']}: {config.objective}",
-        steps=config.steps,
+        steps=result["steps"],
         batch=config.batch_size * config.gradient_accumulation,
         rank=config.lora.rank,
         alpha=config.lora.alpha,

@@ -94,6 +94,11 @@ class TrainConfig:
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "
                 "student"
             )
+        if self.preserve.weight and hasattr(self.objective, "fit"):
+            raise ValueError(
+                "got preserve.weight above 0 with an objective in closed form, which has no "
+                "training loss; allowed: 0; say objective.preserve_scale"
+            )
         if self.preserve.weight and not self.concept.retained():
             raise ValueError(
                 "got preserve.weight above 0 with no prompt in concept.preserve; allowed: one or "

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expunge.train.config import TrainConfig
-    from expunge.train.loop import Trainer
+    from expunge.train.loop import Progress, Trainer
 
 RESULT = "train_result.json"
+EDIT = "edit.safetensors"  # of a closed form: the exact change; the LoRA has what its rank can hold
 # What may change between a run and its resumption without making it another run.
 FREE = ("resume", "overwrite", "output_dir", "checkpoint_every", "keep_checkpoints", "validation")
 
@@ -61,23 +62,39 @@ def train(config: TrainConfig) -> Path:
             "and bf16 where its processor has it"
         ) from error
     pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
-    from expunge.train.loop import Trainer
+    from expunge.train.closed_form.solve import solve
+    from expunge.train.loop import Progress, Trainer
+    from expunge.train.objectives.base import ClosedForm
 
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
-    trainer = Trainer(config, pipeline, accelerator, folder, base)
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         fresh_output_dir(folder, config.overwrite, config.resume)
         # The file is for repeating the run, which must not empty this folder.
         again = replace(config, overwrite=False, resume=False)
         write_text_atomic(folder / "config.yaml", dump(again))
+
+    if isinstance(config.objective, ClosedForm):
+        if accelerator.is_main_process:
+            progress = Progress(base=base)
+            edit, lost = solve(config, pipeline, progress)
+            begin()
+            edit.save(folder / EDIT)
+            _save_sheet(config, pipeline, folder, 0)
+            _finish(config, pipeline, progress, folder, lost)
+        accelerator.wait_for_everyone()
+        return folder / adapters.FILE
+    trainer = Trainer(config, pipeline, accelerator, folder, base)
+    if accelerator.is_main_process:
+        begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
     trainer.run(lambda step: _validate(trainer, folder, step))
     _validate(trainer, folder, config.steps)
     if accelerator.is_main_process:
         with trainer.networks.averaged():
-            _finish(trainer, folder)
+            _finish(config, pipeline, trainer.progress, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder / adapters.FILE
@@ -109,7 +126,13 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _finish(trainer: Trainer, folder: Path) -> None:
+def _finish(
+    config: TrainConfig,
+    pipeline: Any,
+    progress: Progress,
+    folder: Path,
+    svd_error: float | None = None,
+) -> None:
     import yaml
 
     from expunge import adapters
@@ -124,7 +147,6 @@ def _finish(trainer: Trainer, folder: Path) -> None:
     from expunge.train.loop import peak_memory_bytes
     from expunge.train.objectives import OBJECTIVES
 
-    config, progress = trainer.config, trainer.progress
     concept = yaml.safe_load(dump(config))["concept"]
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
@@ -132,14 +154,18 @@ def _finish(trainer: Trainer, folder: Path) -> None:
         "model": config.model,
         "base_sha256": progress.base,
         "seed": config.seed,
-        "steps": config.steps,
+        "steps": progress.step,
     }
-    file = adapters.save(trainer.pipeline, folder, about)
+    if svd_error is not None:
+        about["svd_error"] = svd_error
+    file = adapters.save(pipeline, folder, about)
     result = about | {
         "schema_version": 1,
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
-        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
+        "trainable_parameters": sum(
+            p.numel() for p in pipeline.unet.parameters() if p.requires_grad
+        ),
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_sha256": sha256_file(file),
         "provenance": provenance(),
@@ -155,27 +181,31 @@ def _validate(trainer: Trainer, folder: Path, step: int) -> None:
         return
     import numpy as np
 
+    with trainer.networks.averaged():
+        sheet = _save_sheet(trainer.config, trainer.pipeline, folder, step)
+    for tracker in trainer.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+
+def _save_sheet(config: TrainConfig, pipeline: Any, folder: Path, step: int) -> Any:
     from expunge import backbones, pictures
     from expunge.generation import generate
 
-    config = trainer.config
     choice, concept = config.validation, config.concept
     prompts = choice.prompts or [*concept.prompts()[:3], *concept.retained()[:3]]
     guidance = choice.guidance_scale
     if guidance is None:
         guidance = backbones.recommended_guidance(config.model)
-    with trainer.networks.averaged():
-        images = generate(
-            trainer.pipeline,
-            [prompt for prompt in prompts for _ in range(choice.seeds)],
-            list(range(choice.seeds)) * len(prompts),
-            steps=choice.steps,
-            guidance_scale=guidance,
-        )
+    images = generate(
+        pipeline,
+        [prompt for prompt in prompts for _ in range(choice.seeds)],
+        list(range(choice.seeds)) * len(prompts),
+        steps=choice.steps,
+        guidance_scale=guidance,
+    )
     rows = [[pictures.to_pil(image) for image in part] for part in images.split(choice.seeds)]
     sheet = pictures.sheet(rows, prompts)
     (folder / "samples").mkdir(exist_ok=True)
     pictures.save_png(sheet, folder / "samples" / f"step-{step:06d}.png")
-    for tracker in trainer.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+    return sheet

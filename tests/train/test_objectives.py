@@ -12,7 +12,7 @@ from expunge.concepts import Concept
 from expunge.configuration import dump, parse
 from expunge.train.config import TrainConfig
 from expunge.train.objectives import OBJECTIVES
-from expunge.train.objectives.base import Objective, mse
+from expunge.train.objectives.base import ClosedForm, Objective, mse
 from expunge.train.objectives.esd import Esd, esd_target
 from expunge.train.objectives.sdd import Sdd, sdd_target
 from expunge.train.predictions import NETWORKS
@@ -71,8 +71,17 @@ def test_esd_refuses_a_senseless_strength(bad) -> None:
         Esd(**bad)
 
 
+CLOSED = [name for name in OBJECTIVES.names() if isinstance(OBJECTIVES.load(name)(), ClosedForm)]
+TRAINED = [name for name in OBJECTIVES.names() if name not in CLOSED]
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_closed_form_changes_layers_that_there_are(name) -> None:
+    assert OBJECTIVES.load(name)().modules in backbones.MODULE_GROUPS
+
+
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-class TestContract:
+class TestEveryContract:
     def test_is_a_frozen_dataclass_that_round_trips(self, name) -> None:
         cls = OBJECTIVES.load(name)
         assert is_dataclass(cls)
@@ -82,6 +91,18 @@ class TestContract:
         assert type(config.objective) is cls
         assert "type: " + name in dump(config)
 
+    def test_is_documented_with_every_setting(self, name) -> None:
+        root = Path(__file__).resolve().parents[2]
+        text = (root / "docs" / "methods.md").read_text(encoding="utf-8")
+        assert f"## {name}" in text
+        section = text.split(f"## {name}")[1].split("\n## ")[0]
+        for setting in fields(OBJECTIVES.load(name)):
+            assert f"`{setting.name}`" in section
+        assert "arXiv" in section
+
+
+@pytest.mark.parametrize("name", TRAINED)
+class TestContract:
     def test_names_predictions_that_exist(self, name) -> None:
         objective = OBJECTIVES.load(name)()
         assert isinstance(objective, Objective)
@@ -104,12 +125,3 @@ class TestContract:
                 assert value.grad.abs().sum() > 0
         perfect = objective.loss(dict.fromkeys(objective.needs, torch.ones(1, 4, 2, 2)))
         assert perfect.item() == 0
-
-    def test_is_documented_with_every_setting(self, name) -> None:
-        root = Path(__file__).resolve().parents[2]
-        text = (root / "docs" / "methods.md").read_text(encoding="utf-8")
-        assert f"## {name}" in text
-        section = text.split(f"## {name}")[1].split("\n## ")[0]
-        for setting in fields(OBJECTIVES.load(name)):
-            assert f"`{setting.name}`" in section
-        assert "arXiv" in section

@@ -13,5 +13,13 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.sdd:Sdd",
             "safe self-distillation: onto the empty prompt, EMA teacher (arXiv 2307.05977)",
         ),
+        "uce": Entry(
+            "expunge.train.objectives.uce:Uce",
+            "unified concept editing: keys and values in closed form (arXiv 2308.14761)",
+        ),
+        "rece": Entry(
+            "expunge.train.objectives.rece:Rece",
+            "UCE and its adversarial embeddings, in closed form (arXiv 2407.12383)",
+        ),
     },
 )

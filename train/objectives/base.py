@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from expunge.concepts import Concept
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from expunge.train.closed_form.fitter import Edit
 
 
 @runtime_checkable
@@ -42,6 +44,24 @@ class Objective(Protocol):
 
     def loss(self, predictions: Mapping[str, Tensor]) -> Tensor:
         """The loss of each sample, (B,), from the predictions it `needs`, each (B, C, h, w)."""
+        ...
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """An erasure that is solved, not trained: no steps, no latents, no UNet pass.
+
+    Attributes:
+        modules: The module group that is changed.
+    """
+
+    @property
+    def modules(self) -> str:
+        """Name of a module group of `expunge.backbones`."""
+        ...
+
+    def fit(self, pipeline: Any, concept: Concept) -> Edit:
+        """The frozen edit of all layers of the group."""
         ...
 
 

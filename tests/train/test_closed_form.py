@@ -1,0 +1,179 @@
+"""UCE and RECE: the linear algebra against the paper's formula, and the LoRA that comes of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from expunge import backbones
+from expunge.concepts import Concept
+from expunge.configuration import parse
+from expunge.errors import UserError
+from expunge.train.closed_form.fitter import Edit, Fitter, embeddings
+from expunge.train.config import TrainConfig
+from expunge.train.objectives.rece import Rece, adversarial
+from expunge.train.objectives.uce import Uce
+from expunge.train.train_erase import train
+
+D, ROWS, N = 12, 7, 3
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+W, c, g, p = random(ROWS, D), random(N, D, seed=1), random(N, D, seed=2), random(4, D, seed=3)
+
+
+def fitted(λ=0.5, a=1.3, b=0.7) -> Edit:
+    fitter = Fitter(D, λ)
+    fitter.erase(c, g, a)
+    fitter.preserve(p, b)
+    return fitter.solve()
+
+
+def test_the_edit_is_the_papers_formula() -> None:
+    λ, a, b = 0.5, 1.3, 0.7
+    target = λ * W + a * (W @ g.T) @ c + b * (W @ p.T) @ p
+    M = λ * torch.eye(D, dtype=torch.float64) + a * c.T @ c + b * p.T @ p
+    wanted = target @ torch.linalg.inv(M)
+    assert (W + fitted().delta(W) - wanted).abs().max() < 1e-12
+
+
+def test_the_concept_becomes_its_anchor_and_what_is_preserved_stays() -> None:
+    changed = W + fitted(λ=1e-9).delta(W)
+    # N + 4 < D embeddings can all have what they want.
+    torch.testing.assert_close(changed @ c.T, W @ g.T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(changed @ p.T, W @ p.T, atol=1e-6, rtol=0)
+    # Where they cannot, preservation moves by no more than the loss of leaving all as it is.
+    many = random(30, D, seed=4)
+    fitter = Fitter(D, 0.5)
+    fitter.erase(c, g)
+    fitter.preserve(many, 2.0)
+    moved = fitter.solve().delta(W)
+    bound = (W @ (c - g).T).square().sum() / 2.0
+    assert 0 < (moved @ many.T).square().sum() <= bound
+
+
+def test_nothing_to_change_changes_nothing() -> None:
+    fitter = Fitter(D, 0.5)
+    fitter.erase(c, c)
+    assert fitter.solve().delta(W).abs().max() == 0
+    with pytest.raises(ValueError, match="nothing to erase"):
+        Fitter(D, 0.5).solve()
+
+
+def test_the_loras_error_falls_with_its_rank() -> None:
+    edit, exact = fitted(), fitted().delta(W)
+    errors = []
+    for rank in (1, 2, 3, 5):
+        B, A, error = edit.lora(W, rank)
+        assert B.shape == (ROWS, rank)
+        assert A.shape == (rank, D)
+        true = (exact - B @ A).norm() / exact.norm()
+        assert abs(float(true) - error) < 1e-9
+        errors.append(error)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-12
+    assert errors[3] < 1e-12
+
+
+def test_an_edit_comes_back_from_its_file(tmp_path) -> None:
+    edit = fitted()
+    edit.save(tmp_path / "edit.safetensors")
+    again = Edit.load(tmp_path / "edit.safetensors")
+    assert torch.equal(again.P, edit.P)
+    assert torch.equal(again.Q, edit.Q)
+    (tmp_path / "edit.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="got edit"):
+        Edit.load(tmp_path / "edit.safetensors")
+
+
+def test_the_adversarial_embedding_is_the_best_there_is() -> None:
+    G, T, reg = W.T @ W, fitted().T, 0.1
+
+    def loss(x):
+        edited = W @ (torch.eye(D, dtype=torch.float64) + T)
+        return (x @ edited.T - c @ W.T).square().sum() + reg * x.square().sum()
+
+    x = adversarial(c, T, G, reg).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    assert gradient.abs().max() < 1e-9
+    nothing = torch.zeros_like(T)
+    G = random(D, D).T @ random(D, D)
+    torch.testing.assert_close(adversarial(c, nothing, G, 1e-12), c, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def pipeline(tiny_sd1):
+    return backbones.load_pipeline(tiny_sd1)
+
+
+CONCEPT = Concept(targets=["a bomb"], templates=["{}", "{} in ink style"], preserve=["a cat face"])
+
+
+def test_rece_leaves_less_to_reach_than_uce(pipeline) -> None:
+    names = backbones.modules_of(pipeline.unet, "x-strict")
+    weights = [pipeline.unet.get_submodule(name).weight.detach().double() for name in names]
+    G = torch.stack([w.T @ w for w in weights]).sum(0)
+    heart = embeddings(pipeline, "a bomb", "a bomb", "last").double()
+
+    def reached(objective) -> float:
+        T = objective.fit(pipeline, CONCEPT).T
+        x = adversarial(heart, T, G, 0.1)
+        return sum(float((x @ (w + w @ T).T - heart @ w.T).square().sum()) for w in weights)
+
+    assert reached(Rece(rounds=3)) > 1.5 * reached(Uce())
+
+
+def test_the_tokens_are_those_of_the_phrase(pipeline) -> None:
+    states = backbones.encode_prompts(pipeline, ["a bomb in ink style"])[0]
+    ids = pipeline.tokenizer("a bomb in ink style").input_ids
+    upto = len(pipeline.tokenizer("a bomb").input_ids) - 2
+    assert 0 < upto < len(ids) - 2
+    last = embeddings(pipeline, "a bomb in ink style", "a bomb", "last")
+    assert torch.equal(last, states[upto : upto + 1])
+    assert torch.equal(embeddings(pipeline, "a bomb in ink style", "a bomb", "rest"), states[upto:])
+    assert len(embeddings(pipeline, "", "", "last")) == 1
+    with pytest.raises(UserError, match="longer than the"):
+        embeddings(pipeline, "a bomb " * 100, "", "last")
+
+
+@pytest.mark.parametrize("objective", [Uce(tokens="rest", regularisation=1e-3), Rece(rounds=1)])
+def test_training_solves_it_and_plain_diffusers_reads_it(objective, tiny_sd1, tmp_path) -> None:
+    config = parse(TrainConfig, ["--output_dir", str(tmp_path / "out"), "--model", tiny_sd1,
+        "--concept.targets", "[a bomb]", "--concept.preserve", '["a cat face"]',
+        "--lora.rank", "32", "--lora.alpha", "4", "--validation.steps", "1",
+        "--validation.seeds", "1"])  # fmt: skip
+    file = train(replace(config, objective=objective))
+    result = json.loads((file.parent / "train_result.json").read_text())
+    assert result["unet_forwards"] == {"teacher": 0, "student": 0, "sampling": 0}
+    assert result["svd_error"] < 1e-6
+    assert result["steps"] == 0
+    edit = Edit.load(file.parent / "edit.safetensors")
+    plain = StableDiffusionPipeline.from_pretrained(tiny_sd1)
+    name = backbones.modules_of(plain.unet, "x-strict")[0]
+    weight = plain.unet.get_submodule(name).weight.detach().clone()
+    plain.load_lora_weights(str(file.parent))
+    x = torch.randn(5, weight.shape[1])
+    found = plain.unet.get_submodule(name)(x).detach()
+    wanted = x @ (weight + edit.delta(weight).float()).T
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (found - x @ weight.T).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preserve.weight", "1", "--concept.preserve", '["a cat"]'], "closed form"),
+        (["--objective.regularisation", "0"], "above 0"),
+        (["--objective.tokens", "all"], "last or rest"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, said) -> None:
+    argv = ["--output_dir", "x", "--concept.targets", "[a bomb]", "--objective.type", "uce"]
+    with pytest.raises(UserError, match=said):
+        parse(TrainConfig, [*argv, *options])
