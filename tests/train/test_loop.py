@@ -121,11 +121,12 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
 
 
 def test_every_objective_of_the_table_is_run() -> None:
+    """But closed forms, which have no loop."""
     from expunge.train.objectives import OBJECTIVES as TABLE
+    from expunge.train.objectives.base import ClosedForm
 
-    assert {type(change["objective"]) for change in OBJECTIVES.values()} == {
-        TABLE.load(name) for name in TABLE
-    }
+    table = {cls for cls in map(TABLE.load, TABLE) if not isinstance(cls(), ClosedForm)}
+    assert {type(change["objective"]) for change in OBJECTIVES.values()} == table
 
 
 def test_what_is_exported_is_the_average(tiny_sd1, tmp_path) -> None:
