@@ -8,5 +8,8 @@ LATENTS = Registry(
         "rollout": Entry(
             "expunge.train.latents:Rollout", "denoise partially at every step, as published"
         ),
+        "replay": Entry(
+            "expunge.train.latents:Replay", "learn from all x_t of a denoising, many times"
+        ),
     },
 )

@@ -20,6 +20,7 @@ from expunge import adapters, backbones
 from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
+from expunge.train.latents import Maker, Request
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.preserve import nearest
 
@@ -91,8 +92,10 @@ class Trainer:
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.progress = Progress(base=base)
-        kept = (self.schedule, self.progress, self.ema)
-        accelerator.register_for_checkpointing(*(part for part in kept if part is not None))
+        self.latents = config.latents.open()
+        self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
+        kept = (self.schedule, self.progress, self.ema, self.latents)
+        accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
         )
@@ -180,17 +183,13 @@ class Trainer:
         # Nothing is carried over from draw to draw, so that a resumed run is exact.
         rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-        retained = config.preserve.prompts(concept, rng, self.near)
-        made_with = [prompt for prompt, _ in erased] + [prompt for prompt, _ in retained]
-        x_t, t = config.latents.draw(
-            self.networks,
-            self.embeddings(made_with),
-            self.embeddings([concept.neutral]),
-            self.shape,
-            generator,
-        )
-        n = len(erased)
+
+        def ask() -> Request:
+            erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
+            return Request(erased, config.preserve.prompts(concept, rng, self.near))
+
+        request, x_t, t = self.latents.batch(ask, self.maker, generator, draw)
+        erased, retained, n = request.erased, request.retained, len(request.erased)
         texts = {
             "concept": [prompt for _, prompt in erased],
             "null": [concept.neutral] * n,

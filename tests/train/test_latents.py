@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from expunge import adapters, backbones
-from expunge.train.latents import Rollout
+from expunge.train.latents import Bank, Maker, Replay, Request, Rollout
 from expunge.train.predictions import Inputs, Networks
 
 
@@ -101,6 +101,90 @@ def test_named_predictions_are_those_of_single_calls(tiny_sd2) -> None:
     assert not found["teacher/null"].requires_grad
     with pytest.raises(ValueError, match="professor/null"):
         nets.predict({"professor/null": a})
+
+
+REQUEST = Request([("a bomb", "a bomb in ink style")], [("a key", "a key"), ("", "")])
+
+
+def replayed(folder: str, how: Replay, draws=range(1), bank: Bank | None = None):
+    """Batches of a bank, and the networks that made it."""
+    nets = networks(folder)
+    maker = Maker(nets, lambda p: backbones.encode_prompts(nets.pipeline, p), "", (4, 8, 8))
+    bank = bank or how.open()
+    made = []
+    for draw in draws:
+        generator = torch.Generator().manual_seed(draw)
+        made.append(bank.batch(lambda: REQUEST, maker, generator, draw))
+    return nets, bank, made
+
+
+def test_a_bank_holds_every_step_of_each_denoising(tiny_sd1) -> None:
+    how = Replay(steps=6, source="teacher", rollouts=3)
+    nets, bank, _ = replayed(tiny_sd1, how)
+    assert bank.latents["erased"].shape == (1, 5, 4, 8, 8)
+    assert bank.latents["retained"].shape == (2, 5, 4, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    scheduler = DDIMScheduler.from_config(nets.scheduler.config)
+    scheduler.set_timesteps(6)
+    text = backbones.encode_prompts(nets.pipeline, REQUEST.made_with)
+    null = backbones.encode_prompts(nets.pipeline, [""] * 3)
+    stored = torch.cat([bank.latents["erased"], bank.latents["retained"]])
+    with torch.no_grad(), adapters.teacher(nets.unet):
+        for k, t in enumerate(scheduler.timesteps[:5]):
+            e0 = nets.unet(x, t, null).sample
+            e = e0 + 3.0 * (nets.unet(x, t, text).sample - e0)
+            x = scheduler.step(e, t, x).prev_sample
+            torch.testing.assert_close(stored[:, k], x, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_drawn_is_in_the_bank_at_its_own_noise(tiny_sd1) -> None:
+    how = Replay(steps=5, source="teacher", rollouts=7, refresh=100)
+    _, bank, made = replayed(tiny_sd1, how, range(30))
+    seen = set()
+    for request, x_t, t in made:
+        assert len(request.erased) == 1
+        assert len(request.retained) == 2
+        for x, when, pair in zip(x_t, t, [*request.erased, *request.retained], strict=True):
+            kind = "erased" if pair in request.erased else "retained"
+            where = (bank.latents[kind] == x).flatten(2).all(2).nonzero().tolist()
+            assert len(where) == 1
+            ((row, k),) = where
+            assert bank.prompts[kind][row] == pair
+            # Timesteps 801, 601, 401, 201, 1: after step k the noise is that of the next one.
+            assert 801 - 200 * (k + 1) <= when < 801 - 200 * k
+            seen.add(k)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_a_bank_is_made_anew_when_it_is_due_and_costs_only_then(tiny_sd1) -> None:
+    how = Replay(steps=4, source="student", rollouts=6, refresh=5)
+    nets, bank, _ = replayed(tiny_sd1, how, range(5))
+    assert nets.forwards["sampling"] == 2 * 3 * 6  # 3 of 4 steps, 6 denoisings, with guidance
+    first = bank.latents["erased"].clone()
+    nets, bank, _ = replayed(tiny_sd1, how, range(5, 11), bank)
+    assert nets.forwards["sampling"] == 2 * 2 * 3 * 6
+    assert not torch.equal(bank.latents["erased"], first)
+
+
+def test_a_bank_comes_back_from_its_state(tiny_sd1) -> None:
+    how = Replay(steps=4, source="student", rollouts=6, refresh=50)
+    _, bank, _ = replayed(tiny_sd1, how, range(1))
+    again = how.open()
+    again.load_state_dict(bank.state_dict())
+    nets, _, ours = replayed(tiny_sd1, how, range(1, 4), again)
+    assert nets.forwards["sampling"] == 0
+    _, _, theirs = replayed(tiny_sd1, how, range(1, 4), bank)
+    for (a, x, t), (b, y, u) in zip(ours, theirs, strict=True):
+        assert a == b
+        assert torch.equal(x, y)
+        assert torch.equal(t, u)
+
+
+@pytest.mark.parametrize("bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}])
+def test_a_senseless_bank(bad) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        Replay(**bad)
 
 
 @pytest.mark.parametrize("steps", [0, 1, -5, 2000])

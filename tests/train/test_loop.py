@@ -21,7 +21,7 @@ from expunge.configuration import load
 from expunge.errors import UserError
 from expunge.sampling.load import load_erased
 from expunge.train.config import Lora, TrainConfig, Validation
-from expunge.train.latents import Rollout
+from expunge.train.latents import Replay, Rollout
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.sdd import Sdd
 from expunge.train.preserve import Preserve
@@ -70,6 +70,12 @@ OBJECTIVES = {
     "esd": {"objective": Esd()},
     "esd-x-strict": {"objective": Esd(variant="x-strict")},
     "esd-u": {"objective": Esd(variant="u")},
+    "esd-replay": {
+        "objective": Esd(),
+        "latents": Replay(steps=3, source="student", rollouts=5, refresh=3),
+        "preserve": Preserve(weight=1.0, batch_size=2),
+        "concept": Concept(targets=["a bomb"], preserve=["a key", "a cat face"]),
+    },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {
         "objective": Sdd(ema_decay=0.9),
@@ -279,7 +285,7 @@ def launch(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kind", ["esd", "sdd"])
+@pytest.mark.parametrize("kind", ["esd", "sdd", "esd-replay"])
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
     from expunge.configuration import dump
 
