@@ -94,6 +94,9 @@ class Trainer:
         self.progress = Progress(base=base)
         self.latents = config.latents.open()
         self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
+        self.guide = None
+        if "guided/concept" in objective.needs:
+            self.guide = objective.guide(pipeline, config.concept, self.maker)
         kept = (self.schedule, self.progress, self.ema, self.latents)
         accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
@@ -198,6 +201,7 @@ class Trainer:
         wanted = {
             name: Inputs(x_t[:n], t[:n], self.embeddings(texts[name.split("/")[1]]))
             for name in objective.needs
+            if not name.startswith("guided/")
         }
         for network, column in (("student", 0), ("teacher", 1)) if retained else ():
             prompts = [pair[column] for pair in retained]
@@ -205,6 +209,8 @@ class Trainer:
         # No autocast around all of it: every prepared forward has its own, and one cache of casts
         # for passes with and without gradient would lose the gradient.
         found = self.networks.predict(wanted)
+        if self.guide is not None:
+            found["guided/concept"] = self.guide(found, x_t[:n], t[:n])
         losses = {"erase": objective.loss(found).mean()}
         if retained:
             kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])

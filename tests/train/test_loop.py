@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from expunge import adapters, backbones
 from expunge.concepts import Concept
 from expunge.configuration import load
+from expunge.densities.clip_text import ClipText
 from expunge.errors import UserError
 from expunge.sampling.load import load_erased
 from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay, Rollout
+from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.sdd import Sdd
 from expunge.train.preserve import Preserve
@@ -76,6 +78,10 @@ OBJECTIVES = {
         "preserve": Preserve(weight=1.0, batch_size=2),
         "concept": Concept(targets=["a bomb"], preserve=["a key", "a cat face"]),
     },
+    "density": {
+        "objective": Density(density=ClipText(threshold=-1.0), places=2),
+        "latents": Replay(steps=3, source="student", rollouts=2, refresh=3),
+    },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {
         "objective": Sdd(ema_decay=0.9),
@@ -109,8 +115,15 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert result["peak_memory_bytes"] > 10**7
     forwards = result["unet_forwards"]
     assert forwards["student"] == 4 * 4 * 3
-    assert forwards["teacher"] == 4 * (2 + 2 * (2 if "esd" in name else 1))
-    assert 4 * 2 * 4 <= forwards["sampling"] <= 4 * 2 * 2 * 4
+    # Without and with the prompt; of the density, which sees it everywhere, its own text as well.
+    passes = {"esd": 2, "sdd": 1, "density": 3}[result["objective"]]
+    assert forwards["teacher"] == 4 * (2 + 2 * passes)
+    if isinstance(run.latents, Replay):
+        # Two banks in four steps, each of two batches of four or more, two steps, a pair each.
+        batches = -(-run.latents.rollouts // 4)
+        assert forwards["sampling"] == 2 * batches * 4 * 2 * 2
+    else:
+        assert 4 * 2 * 4 <= forwards["sampling"] <= 4 * 2 * 2 * 4
     assert load(TrainConfig, out / "config.yaml") == run
     assert (out / "samples" / "step-000004.png").is_file()
     assert list((out / "logs").iterdir())

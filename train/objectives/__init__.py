@@ -13,6 +13,10 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.sdd:Sdd",
             "safe self-distillation: onto the empty prompt, EMA teacher (arXiv 2307.05977)",
         ),
+        "density": Entry(
+            "expunge.train.objectives.density:Density",
+            "what the guard would do, learnt: erases where p_h sees the concept (ours)",
+        ),
         "uce": Entry(
             "expunge.train.objectives.uce:Uce",
             "unified concept editing: keys and values in closed form (arXiv 2308.14761)",

@@ -21,7 +21,7 @@ class Objective(Protocol):
     Attributes:
         needs: Predictions named `network/prompt`. Networks: `student` (with gradient),
             `student_sg` (stop-gradient), `teacher` (the frozen base), `ema`. Prompts: `concept`,
-            `null`, `anchor`.
+            `null`, `anchor`. `guided/concept` is what its own `guide` makes of the others.
         modules: The module group that gets the LoRA when `lora.targets` says nothing.
         ema_decay: Decay of the averaged student; 0 keeps none. When there is one, it is exported.
     """

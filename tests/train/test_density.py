@@ -1,0 +1,95 @@
+"""The density distilled: the target's maths, and that what is harmless is left alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expunge import adapters, backbones
+from expunge.concepts import Concept
+from expunge.densities.clip_text import ClipText
+from expunge.prediction import guide
+from expunge.train.latents import Maker
+from expunge.train.objectives.density import Density, guided_target
+from expunge.train.predictions import Networks
+
+generator = torch.Generator().manual_seed(0)
+e0, ep = torch.randn(2, 3, 4, 8, 8, generator=generator).unbind(0)
+eh = torch.randn(3, 2, 4, 8, 8, generator=generator)
+M = torch.rand(3, 2, 8, 8, generator=generator)
+CONCEPT = Concept(targets=["a bomb", "a dagger"], preserve=["a key", ""])
+
+
+def test_unseen_is_the_teachers_own_to_the_bit() -> None:
+    assert torch.equal(guided_target(ep, e0, eh, torch.zeros_like(M), 3.0), ep)
+
+
+def test_without_strength_everywhere_it_is_the_empty_prompts() -> None:
+    torch.testing.assert_close(guided_target(ep, e0, eh, torch.ones_like(M), 0.0), e0)
+
+
+def test_under_guidance_it_is_the_guards_correction() -> None:
+    s, w = 4.0, 1.5
+    found = guide(e0, guided_target(ep, e0, eh, M, w), s)
+    wanted = guide(e0, ep, s) - s * M.amax(1, keepdim=True) * (ep - e0)
+    for h in range(2):
+        wanted = wanted - w * s * M[:, h : h + 1] * (eh[:, h] - e0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def made(tiny_sd1, tiny_clip):
+    """A guide for a threshold, on a tiny model, and a batch."""
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    names = backbones.modules_of(pipeline.unet, "x")
+    adapter = adapters.attach(pipeline.unet, names, 2, 2, seed=0)
+    networks = Networks(pipeline.unet, pipeline.unet, pipeline.scheduler, None, adapter)
+    maker = Maker(networks, lambda p: backbones.encode_prompts(pipeline, p), "", (4, 8, 8))
+    x_t, t = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([10, 300, 700])
+
+    def build(η: float, **more):
+        how = Density(density=ClipText(tiny_clip, threshold=η), **more)
+        return how.guide(pipeline, CONCEPT, maker)
+
+    return build, {"teacher/concept": ep, "teacher/null": e0}, x_t, t, networks
+
+
+def test_a_threshold_that_is_never_reached_leaves_the_teacher(made) -> None:
+    build, predictions, x_t, t, networks = made
+    assert torch.equal(build(1.0)(predictions, x_t, t), ep)
+    assert networks.forwards["teacher"] == 0
+
+
+def test_what_is_seen_is_guided_by_its_own_text(made) -> None:
+    """Both concepts seen, everywhere: ep − (ep − e0) − w Σ (e_h − e0)."""
+    build, predictions, x_t, t, networks = made
+    found = build(-1.0, places=0, strength=2.0)(predictions, x_t, t)
+    assert networks.forwards["teacher"] == 6
+    wanted = e0.clone()
+    for text in CONCEPT.targets:
+        with torch.no_grad():
+            states = build(1.0).maker.embed([text] * 3)
+            wanted -= 2.0 * (networks.unet(x_t, t, states).sample - e0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert not found.requires_grad
+    somewhere = build(-1.0, places=2, strength=2.0)(predictions, x_t, t)
+    assert not torch.allclose(somewhere, found)
+
+
+def test_prompts_are_the_concepts_alone_or_beside_what_stays() -> None:
+    rng = random.Random(0)
+    drawn = {Density(pairs=0.5).prompts(CONCEPT, rng) for _ in range(100)}
+    assert all(made == learnt for made, learnt in drawn)
+    assert {made for made, _ in drawn} == {
+        "a bomb", "a dagger", "a bomb and a key", "a key and a bomb", "a dagger and a key",
+        "a key and a dagger",
+    }  # fmt: skip
+    alone = replace(Density(), pairs=0.0)
+    assert {alone.prompts(CONCEPT, rng)[0] for _ in range(50)} == {"a bomb", "a dagger"}
+
+
+@pytest.mark.parametrize("bad", [{"strength": -1.0}, {"pairs": 2.0}, {"places": 99}])
+def test_what_cannot_be_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        Density(**bad)

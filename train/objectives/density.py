@@ -1,0 +1,146 @@
+"""The harm density distilled into the weights: the student learns what the guard would do."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from expunge.concepts import Concept
+from expunge.decoding import DECODERS
+from expunge.densities import DENSITIES
+from expunge.train.objectives.base import mse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expunge.train.latents import Maker
+
+
+def guided_target(ep: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Tensor:
+    """ε* = ep − max_h M_h ⊙ (ep − e0) − w Σ_h M_h ⊙ (e_h − e0), (B, C, h, w).
+
+    Under guidance with any scale s it is what the guard makes of the prediction:
+    e0 + s (ε* − e0) = ẽ − s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)).
+
+    Args:
+        ep: Of the teacher with the prompt, (B, C, h, w).
+        e0: Without, (B, C, h, w).
+        eh: With the text of each concept, (B, H, C, h, w).
+        M: Where each concept is seen, in [0, 1], 0 where it is not, (B, H, h, w).
+        w: How strongly its text is guided away from.
+    """
+    away = (M.unsqueeze(2) * (eh - e0.unsqueeze(1))).sum(1)
+    return ep - M.amax(1, keepdim=True) * (ep - e0) - w * away
+
+
+@dataclass(frozen=True)
+class Density:
+    """Where p_h sees the concept in the teacher's x̂0, the student learns to do without it there.
+
+    L = ‖ε_θ(x_t, t, c) − sg[ε*]‖², ε* the guarded prediction of the frozen teacher. Where
+    p_h(x̂0) < η, ε* is the teacher's own: what is harmless is preserved by construction. Ours.
+
+    Attributes:
+        density: p_h and η.
+        decoder: From x̂0 to the picture that p_h sees.
+        strength: w.
+        places: Spots along a side that are covered to find where the concept is; 0: everywhere.
+        guidance_scale: s of the prediction whose x̂0 is looked at.
+        pairs: Share of the samples whose prompt has a retained noun beside the concept.
+        layers: Module group that learns.
+    """
+
+    density: Annotated[Any, DENSITIES] = field(
+        default_factory=lambda: DENSITIES.load("clip_text")()
+    )
+    decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("auto")())
+    strength: float = 1.0
+    places: int = 4
+    guidance_scale: float = 4.0
+    pairs: float = 0.5
+    layers: Literal["x", "x-strict", "u", "all"] = "x"
+
+    needs: ClassVar[tuple[str, ...]] = (
+        "student/concept", "teacher/concept", "teacher/null", "guided/concept",
+    )  # fmt: skip
+    ema_decay: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.strength <= 100 and 0 <= self.pairs <= 1 and 0 <= self.places <= 32):
+            raise ValueError(
+                f"got strength {self.strength}, pairs {self.pairs}, places {self.places}; allowed: "
+                "strength 0 to 100, pairs 0 to 1, places 0 to 32"
+            )
+
+    @property
+    def modules(self) -> str:
+        """The layers that learn."""
+        return self.layers
+
+    def prompts(self, concept: Concept, rng: random.Random) -> tuple[str, str]:
+        """One target, alone or beside a retained noun, for x_t and for the loss."""
+        from expunge.train.preserve import Preserve
+
+        text, nouns = rng.choice(concept.targets), Preserve.nouns(concept)
+        if nouns and rng.random() < self.pairs:
+            two = [text, rng.choice(nouns)]
+            rng.shuffle(two)
+            text = " and ".join(two)
+        prompt = rng.choice(concept.templates).replace("{}", text)
+        return prompt, prompt
+
+    def guide(self, pipeline: Any, concept: Concept, maker: Maker) -> Guide:
+        """What makes the target of a batch.
+
+        Raises:
+            UserError: The density or its CLIP cannot be had.
+        """
+        return Guide(self, pipeline, concept, maker)
+
+    def loss(self, predictions: Mapping[str, Tensor]) -> Tensor:
+        """‖ε_θ − ε*‖² of each sample, (B,)."""
+        return mse(predictions["student/concept"], predictions["guided/concept"])
+
+
+class Guide:
+    """ε* of a batch, from the teacher's predictions."""
+
+    def __init__(self, how: Density, pipeline: Any, concept: Concept, maker: Maker) -> None:
+        self.how, self.maker = how, maker
+        self.density = how.density.build(concept, pipeline.device)
+        self.look = how.decoder.build(pipeline)
+        names = self.density.names
+        self.texts = list(self.density.texts or [", ".join(concept.targets)] * len(names))
+
+    def __call__(self, predictions: Mapping[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """ε*, (B, C, h, w), without gradient."""
+        import torch
+        from torch.nn import functional as F
+
+        from expunge import guidance, prediction
+        from expunge.train.predictions import Inputs
+
+        networks, how = self.maker.networks, self.how
+        with torch.no_grad():
+            ep, e0 = (predictions[f"teacher/{name}"].float() for name in ("concept", "null"))
+            ᾱ = prediction.alpha_bar(networks.scheduler, t)
+            ẽ = prediction.guide(e0, ep, how.guidance_scale)
+            images = self.look(prediction.to_x0(ẽ, x_t.float(), ᾱ))
+            harm = self.density(images).per_concept
+            seen = harm >= self.density.thresholds.to(harm)
+            M = x_t.new_zeros(*seen.shape, *x_t.shape[2:], dtype=torch.float32)
+            eh = e0.unsqueeze(1).expand(-1, seen.shape[1], -1, -1, -1).clone()
+            rows, concepts = seen.nonzero(as_tuple=True)
+            if len(rows):
+                M[rows, concepts] = 1.0
+                if how.places:
+                    found = guidance.whereabouts(images[rows], self.density, concepts, how.places)
+                    M[rows, concepts] = F.interpolate(found, x_t.shape[2:], mode="area").squeeze(1)
+                texts = self.maker.embed([self.texts[c] for c in concepts.tolist()])
+                eh[rows, concepts] = networks.epsilon(
+                    "teacher", Inputs(x_t[rows], t[rows], texts)
+                ).float()
+                networks.forwards["teacher"] += len(rows)
+            return guided_target(ep, e0, eh, M, how.strength)
