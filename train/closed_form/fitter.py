@@ -139,4 +139,5 @@ def embeddings(pipeline: Any, prompt: str, phrase: str, tokens: str) -> Tensor:
             f"got prompt {prompt!r}, longer than the {len(states)} tokens that the text encoder "
             "reads; allowed: a shorter one"
         )
-    return states[last : last + 1] if tokens == "last" else states[last:]
+    found: Tensor = states[last : last + 1] if tokens == "last" else states[last:]
+    return found
