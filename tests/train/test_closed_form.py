@@ -119,7 +119,7 @@ def test_rece_leaves_less_to_reach_than_uce(pipeline) -> None:
     names = backbones.modules_of(pipeline.unet, "x-strict")
     weights = [pipeline.unet.get_submodule(name).weight.detach().double() for name in names]
     G = torch.stack([w.T @ w for w in weights]).sum(0)
-    heart = embeddings(pipeline, "a bomb", "a bomb", "last").double()
+    heart = embeddings(pipeline, "a bomb", 6, "last").double()
 
     def reached(objective) -> float:
         T = objective.fit(pipeline, CONCEPT).T
@@ -134,12 +134,20 @@ def test_the_tokens_are_those_of_the_phrase(pipeline) -> None:
     ids = pipeline.tokenizer("a bomb in ink style").input_ids
     upto = len(pipeline.tokenizer("a bomb").input_ids) - 2
     assert 0 < upto < len(ids) - 2
-    last = embeddings(pipeline, "a bomb in ink style", "a bomb", "last")
+    last = embeddings(pipeline, "a bomb in ink style", 6, "last")
     assert torch.equal(last, states[upto : upto + 1])
-    assert torch.equal(embeddings(pipeline, "a bomb in ink style", "a bomb", "rest"), states[upto:])
-    assert len(embeddings(pipeline, "", "", "last")) == 1
+    assert torch.equal(embeddings(pipeline, "a bomb in ink style", 6, "rest"), states[upto:])
     with pytest.raises(UserError, match="longer than the"):
-        embeddings(pipeline, "a bomb " * 100, "", "last")
+        embeddings(pipeline, "a bomb " * 100, 700, "last")
+
+
+def test_with_no_anchor_the_rest_of_a_sentence_meets_itself(pipeline) -> None:
+    """What is behind an empty place begins right behind the token that begins every text."""
+    (states,) = backbones.encode_prompts(pipeline, [" in ink style"])
+    assert torch.equal(embeddings(pipeline, " in ink style", 0, "rest"), states)
+    (states,) = backbones.encode_prompts(pipeline, ["a picture of "])
+    upto = len(pipeline.tokenizer("a picture of").input_ids) - 2
+    assert torch.equal(embeddings(pipeline, "a picture of ", 13, "rest"), states[upto:])
 
 
 @pytest.mark.parametrize("objective", [Uce(tokens="rest", regularisation=1e-3), Rece(rounds=1)])

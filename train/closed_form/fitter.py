@@ -115,13 +115,14 @@ class Edit:
             ) from None
 
 
-def embeddings(pipeline: Any, prompt: str, phrase: str, tokens: str) -> Tensor:
+def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> Tensor:
     """What cross-attention reads of a phrase in a prompt, (N, D).
 
     Args:
         pipeline: Whose text encoder it is.
         prompt: The whole text.
-        phrase: Part of it, found at its last place; empty for the prompt's own end.
+        end: Of the phrase in it, in characters; where nothing stands before, the token that begins
+            every text takes its place.
         tokens: `last`, the phrase's last token, as published; `rest`, that and all behind it up to
             the end of the sequence, which a causal text encoder has seen the phrase in.
 
@@ -130,9 +131,8 @@ def embeddings(pipeline: Any, prompt: str, phrase: str, tokens: str) -> Tensor:
     """
     from expunge.backbones import encode_prompts
 
-    end = prompt.rfind(phrase) + len(phrase) if phrase else len(prompt)
     # Less the token that begins and the one that ends; of nothing the one that begins is left.
-    last = len(pipeline.tokenizer(prompt[:end]).input_ids) - 2
+    last = len(pipeline.tokenizer(prompt[:end].rstrip()).input_ids) - 2
     (states,) = encode_prompts(pipeline, [prompt])
     if last >= len(states) - 1:
         raise UserError(

@@ -52,12 +52,19 @@ class Uce:
         fitter = Fitter(width, self.regularisation)
         for target in concept.targets:
             for template in dict.fromkeys(concept.templates):
-                prompt, guide = (template.replace("{}", text) for text in (target, concept.anchor))
-                c = embeddings(pipeline, prompt, target, self.tokens)
-                g = embeddings(pipeline, guide, concept.anchor, self.tokens)
+                # Both begin where the noun stands, so that all that follows meets itself.
+                c, g = (
+                    embeddings(
+                        pipeline,
+                        template.replace("{}", text),
+                        template.index("{}") + len(text),
+                        self.tokens,
+                    )
+                    for text in (target, concept.anchor)
+                )
                 n = min(len(c), len(g))
                 fitter.erase(c[:n], g[:n], self.erase_scale)
         for prompt in concept.retained():
-            p = embeddings(pipeline, prompt, "", self.tokens)
+            p = embeddings(pipeline, prompt, len(prompt), self.tokens)
             fitter.preserve(p, self.preserve_scale)
         return fitter
