@@ -102,11 +102,10 @@ class Guard:
         text = self.how.direction == "text"
         Δ, corrected = None, (self.fired if text else self.seen).any(1)
         if γ > 0 and corrected.any():
-            Δ = torch.zeros_like(x0)
             if text:
                 Δ = self._against_text(x0, γ) / level.slope
             else:
-                rows = corrected.nonzero().flatten()
+                rows, Δ = corrected.nonzero().flatten(), torch.zeros_like(x0)
                 Δ[rows] = self._down_gradient(x0, rows, γ, i, level)
         self.trace.steps.append(
             Step(float(t), score.tolist(), corrected.tolist(), time.perf_counter() - begun)

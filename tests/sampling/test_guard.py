@@ -237,6 +237,13 @@ def test_what_is_gone_costs_no_branch_and_is_not_prompted_for_again(pipeline) ->
     assert torch.allclose(found, draw(pipeline, [""], guidance_scale=1.0), atol=2e-5)
 
 
+def test_what_is_gone_is_not_looked_for_again(pipeline) -> None:
+    """A look in each of four steps, and one map, of the step in which it was seen."""
+    density = Script([0.6, 0.0], [0.0, 0.0], *[[0.0, 0.0]] * 3)
+    draw(guard(pipeline, density, how=replace(TEXT, places=2, refresh=1)), ["a key"])
+    assert next(density.looks, None) is None
+
+
 def test_a_density_that_was_never_asked_is_an_error(pipeline) -> None:
     late = Correction(direction="gradient", start=0.9)
     with pytest.raises(RuntimeError, match="never asked in 4 steps"):
