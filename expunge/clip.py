@@ -80,7 +80,7 @@ class Clip:
         interpolation: str = "bicubic",
     ) -> None:
         self.name = name
-        # Convolutions are a third faster so, on the CPU at least; the values are the same.
+        # Convolutions are a third faster so, on the CPU at least; values move by rounding alone.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.resolution = max(size)
         self.size = size
