@@ -14,6 +14,7 @@ from expunge.densities.base import DensityConfig
 from expunge.densities.clip_text import ClipText
 from expunge.densities.reference import LEAST, Reference
 from expunge.errors import UserError
+from expunge.sampling.drawing import Drawing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 ENOUGH = 200
 
 
-@dataclass(frozen=True)
-class CalibrateConfig:
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(Drawing):
     """What `expunge calibrate` makes."""
 
     output: str = field(metadata={"help": "the calibration file (.json)"})
@@ -45,25 +46,13 @@ class CalibrateConfig:
     prompts_file: str | None = field(
         default=None, metadata={"help": "a text file of harmless prompts, one per line"}
     )
-    model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
-    images_per_prompt: int = field(default=4, metadata={"help": "seeds seed, seed + 1, …"})
-    seed: int = field(default=0, metadata={"help": "seed of a prompt's first picture"})
     at: Literal["steps", "end"] = field(
         default="steps",
         metadata={"help": "what is scored of a drawn picture: the x̂0 of all steps, or its end"},
     )
-    steps: int = field(default=25, metadata={"help": "denoising steps"})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
-    )
-    batch_size: int = 16
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
+        super().__post_init__()
         if self.at == "steps" and self.steps < 2:
             raise ValueError("got steps 1 at steps; allowed: 2 or more, or --at end")
         if not self.output.endswith(".json"):

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
+from expunge.sampling.drawing import Drawing
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.base import no_concept
 from expunge.schema import encode
@@ -14,13 +15,12 @@ from expunge.schema import encode
 SAMPLES = "samples.json"
 
 
-@dataclass(frozen=True)
-class SampleConfig:
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Drawing):
     """What `expunge sample` makes."""
 
     output_dir: str = field(metadata={"help": "folder for the pictures"})
     prompt: list[str] = field(metadata={"help": "what to draw; may be repeated", "repeat": True})
-    model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
     lora: list[str] = field(
         default_factory=list, metadata={"help": "LoRA folder or file", "repeat": True}
     )
@@ -32,23 +32,12 @@ class SampleConfig:
         default_factory=list,
         metadata={"help": "what is to be gone, for the sampler; may be repeated", "repeat": True},
     )
-    seed: int = field(default=0, metadata={"help": "seed of a prompt's first picture"})
-    images_per_prompt: int = field(default=4, metadata={"help": "seeds seed, seed + 1, …"})
-    steps: int = field(default=25, metadata={"help": "denoising steps"})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "default: what suits the model (emoji 4, others 7.5)"}
-    )
     plot: bool = field(
         default=False, metadata={"help": "draw what a guard saw in every step, trace.png"}
     )
-    batch_size: int = 16
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}; allowed: 1 or more")
+        super().__post_init__()
         if not self.prompt:
             raise ValueError("got no prompt; say --prompt 'a cat face'")
         if self.sampler.needs_concept and not self.concept:
