@@ -7,6 +7,7 @@ from expunge.concepts import Concept
 from expunge.train import LATENTS
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
+from expunge.train.sight import Gate
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class TrainConfig:
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
     objective: Annotated[Any, OBJECTIVES] = field(default_factory=lambda: OBJECTIVES.load("esd")())
     latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
+    gate: Gate | None = field(
+        default=None, metadata={"help": "erase only where a density sees the concept"}
+    )
     preserve: Preserve = field(default_factory=Preserve)
+    start: Annotated[Any, OBJECTIVES] | None = field(
+        default=None, metadata={"help": "a closed form whose edit the training begins with"}
+    )
     lora: Lora = field(default_factory=Lora)
     steps: int = field(default=200, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=1, metadata={"help": "concept samples, on each process"})
@@ -93,6 +100,16 @@ class TrainConfig:
             raise ValueError(
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "
                 "student"
+            )
+        if self.start is not None and not hasattr(self.start, "fit"):
+            raise ValueError(
+                f"got start {type(self.start).__name__}, which is trained; allowed: an objective "
+                "in closed form, uce or rece"
+            )
+        if hasattr(self.objective, "fit") and (self.start or self.gate):
+            raise ValueError(
+                "got start or gate with an objective in closed form, which has no training loss; "
+                "allowed: an objective that is trained; leave them out"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

@@ -1,5 +1,7 @@
 """Named forwards of the networks of a training step, batched: one pass a network."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,9 @@ class Inputs:
     x_t: Tensor
     t: Tensor
     embeddings: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Inputs:
+        return Inputs(self.x_t[rows], self.t[rows], self.embeddings[rows])
 
 
 class Networks:
@@ -64,8 +69,12 @@ class Networks:
 
     def epsilon(self, network: str, inputs: Inputs) -> Tensor:
         """ε of one network, (B, C, h, w); only `student` keeps a gradient."""
+        return self.to_epsilon(self.raw(network, inputs), inputs)
+
+    def to_epsilon(self, raw: Tensor, inputs: Inputs) -> Tensor:
+        """ε of what a network predicted itself, (B, C, h, w)."""
         ᾱ = prediction.alpha_bar(self.scheduler, inputs.t)
-        return prediction.to_epsilon(self.raw(network, inputs), inputs.x_t, ᾱ, self.kind)
+        return prediction.to_epsilon(raw, inputs.x_t, ᾱ, self.kind)
 
     def raw(self, network: str, inputs: Inputs) -> Tensor:
         """What the network itself predicts: ε, v or x_0, (B, C, h, w)."""

@@ -3,7 +3,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from expunge import adapters, backbones
-from expunge.train.latents import Bank, Maker, Replay, Request, Rollout
+from expunge.train.latents import Bank, Maker, Replay, Rollout, _ddim, _shift
+from expunge.train.memory import Request
 from expunge.train.predictions import Inputs, Networks
 
 
@@ -118,52 +119,87 @@ def replayed(folder: str, how: Replay, draws=range(1), bank: Bank | None = None)
     return nets, bank, made
 
 
-def test_a_bank_holds_every_step_of_each_denoising(tiny_sd1) -> None:
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_a_bank_holds_every_step_of_each_denoising(shape, request) -> None:
+    """By hand, with diffusers' scheduler on the bank's own timesteps; and what was said there."""
     how = Replay(steps=6, source="teacher", rollouts=3)
-    nets, bank, _ = replayed(tiny_sd1, how)
-    assert bank.latents["erased"].shape == (1, 5, 4, 8, 8)
-    assert bank.latents["retained"].shape == (2, 5, 4, 8, 8)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, 8, 8, generator=generator)
+    nets, bank, _ = replayed(request.getfixturevalue(shape), how)
+    stored = torch.cat([bank.latents["erased"], bank.latents["retained"]]).unflatten(0, (3, 6))
+    timesteps = torch.cat([bank.timesteps["erased"], bank.timesteps["retained"]]).view(3, 6)
     scheduler = DDIMScheduler.from_config(nets.scheduler.config)
     scheduler.set_timesteps(6)
+    generator = torch.Generator().manual_seed(0)
+    shifted = scheduler.timesteps + _shift(scheduler, generator)
+    assert torch.equal(timesteps, shifted.expand(3, 6))
+    x = torch.randn(3, 4, 8, 8, generator=generator)
     text = backbones.encode_prompts(nets.pipeline, REQUEST.made_with)
     null = backbones.encode_prompts(nets.pipeline, [""] * 3)
-    stored = torch.cat([bank.latents["erased"], bank.latents["retained"]])
-    with torch.no_grad(), adapters.teacher(nets.unet):
-        for k, t in enumerate(scheduler.timesteps[:5]):
-            e0 = nets.unet(x, t, null).sample
-            e = e0 + 3.0 * (nets.unet(x, t, text).sample - e0)
-            x = scheduler.step(e, t, x).prev_sample
-            torch.testing.assert_close(stored[:, k], x, atol=1e-3, rtol=1e-3)
+    kept = bank.memory["retained"].values["teacher/retained"].unflatten(0, (2, 6))
+    empty = bank.memory["erased"].values["teacher/null"]
+    for k, t in enumerate(shifted):
+        torch.testing.assert_close(stored[:, k], x, atol=1e-3, rtol=1e-3)
+        when = t.expand(3)
+        e = nets.epsilon("teacher", Inputs(x, when, text)).detach()
+        e0 = nets.epsilon("teacher", Inputs(x, when, null)).detach()
+        torch.testing.assert_close(kept[:, k], e[1:], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(empty[k], e0[0], atol=1e-3, rtol=1e-3)
+        with torch.no_grad(), adapters.teacher(nets.unet):
+            raw = nets.unet(x, t, null).sample
+            raw = raw + 3.0 * (nets.unet(x, t, text).sample - raw)
+        x = scheduler.step(raw, t, x).prev_sample
+    # The loss reads another prompt there than x_t was made with.
+    assert not bank.memory["erased"].known["teacher/concept"].any()
+
+
+def test_what_the_student_says_is_not_remembered_as_the_teachers(tiny_sd1) -> None:
+    _, bank, _ = replayed(tiny_sd1, Replay(steps=6, source="student", rollouts=3))
+    assert not bank.memory["erased"].known
+    assert not bank.memory["retained"].known
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_grids_are_shifted_over_all_timesteps(tiny_sd1, spacing, steps) -> None:
+    nets = networks(tiny_sd1)
+    nets.scheduler = DDIMScheduler.from_config(nets.scheduler.config, timestep_spacing=spacing)
+    scheduler = _ddim(nets.scheduler, steps)
+    seen = set()
+    for seed in range(300):
+        shifted = scheduler.timesteps + _shift(scheduler, torch.Generator().manual_seed(seed))
+        assert shifted.min() >= 0
+        assert shifted.max() < 1000
+        seen |= set(shifted.tolist())
+    if spacing != "linspace":  # which already reaches from end to end
+        assert len(seen) > 0.4 * 1000 or steps == 2
 
 
 def test_what_is_drawn_is_in_the_bank_at_its_own_noise(tiny_sd1) -> None:
     how = Replay(steps=5, source="teacher", rollouts=7, refresh=100)
     _, bank, made = replayed(tiny_sd1, how, range(30))
     seen = set()
-    for request, x_t, t in made:
+    for batch in made:
+        request = batch.request
         assert len(request.erased) == 1
         assert len(request.retained) == 2
-        for x, when, pair in zip(x_t, t, [*request.erased, *request.retained], strict=True):
+        pairs = [*request.erased, *request.retained]
+        for x, when, pair in zip(batch.x_t, batch.t, pairs, strict=True):
             kind = "erased" if pair in request.erased else "retained"
-            where = (bank.latents[kind] == x).flatten(2).all(2).nonzero().tolist()
+            where = (bank.latents[kind] == x).flatten(1).all(1).nonzero().tolist()
             assert len(where) == 1
-            ((row, k),) = where
-            assert bank.prompts[kind][row] == pair
-            # Timesteps 801, 601, 401, 201, 1: after step k the noise is that of the next one.
-            assert 801 - 200 * (k + 1) <= when < 801 - 200 * k
-            seen.add(k)
-    assert seen == {0, 1, 2, 3}
+            ((place,),) = where
+            assert bank.prompts[kind][place // 5] == pair
+            assert bank.timesteps[kind][place] == when
+            seen.add(place % 5)
+    assert seen == {0, 1, 2, 3, 4}
 
 
 def test_a_bank_is_made_anew_when_it_is_due_and_costs_only_then(tiny_sd1) -> None:
     how = Replay(steps=4, source="student", rollouts=6, refresh=5)
     nets, bank, _ = replayed(tiny_sd1, how, range(5))
-    assert nets.forwards["sampling"] == 2 * 3 * 6  # 3 of 4 steps, 6 denoisings, with guidance
+    assert nets.forwards["sampling"] == 2 * 4 * 6  # 4 steps, 6 denoisings, with guidance
     first = bank.latents["erased"].clone()
     nets, bank, _ = replayed(tiny_sd1, how, range(5, 11), bank)
-    assert nets.forwards["sampling"] == 2 * 2 * 3 * 6
+    assert nets.forwards["sampling"] == 2 * 2 * 4 * 6
     assert not torch.equal(bank.latents["erased"], first)
 
 
@@ -175,10 +211,10 @@ def test_a_bank_comes_back_from_its_state(tiny_sd1) -> None:
     nets, _, ours = replayed(tiny_sd1, how, range(1, 4), again)
     assert nets.forwards["sampling"] == 0
     _, _, theirs = replayed(tiny_sd1, how, range(1, 4), bank)
-    for (a, x, t), (b, y, u) in zip(ours, theirs, strict=True):
-        assert a == b
-        assert torch.equal(x, y)
-        assert torch.equal(t, u)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.request == other.request
+        assert torch.equal(one.x_t, other.x_t)
+        assert torch.equal(one.t, other.t)
 
 
 @pytest.mark.parametrize("bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}])
