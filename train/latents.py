@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expunge import prediction
+from expunge.conditioning import Conditioning
 from expunge.train.predictions import Inputs, Networks
 
 Shape = tuple[int, int, int]
@@ -40,13 +41,13 @@ class Maker:
 
     Attributes:
         networks: Who denoises.
-        embed: Prompts to embeddings (B, T, D).
+        embed: What the UNet is told of B prompts.
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
     """
 
     networks: Networks
-    embed: Callable[[list[str]], Tensor]
+    embed: Callable[[list[str]], Conditioning]
     neutral: str
     shape: Shape
 
@@ -106,8 +107,8 @@ class Rollout:
     def draw(
         self,
         networks: Networks,
-        embeddings: Tensor,
-        null: Tensor,
+        embeddings: Conditioning,
+        null: Conditioning,
         shape: Shape,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
@@ -115,15 +116,15 @@ class Rollout:
 
         Args:
             networks: Who denoises.
-            embeddings: The prompts, (B, T, D).
-            null: The prompt of the unconditional prediction, (1, T, D).
+            embeddings: The B prompts.
+            null: The prompt of the unconditional prediction, one sample.
             shape: (C, h, w).
             generator: On the CPU; all randomness comes from it.
         """
-        batch, device = len(embeddings), embeddings.device
+        batch, device = len(embeddings), embeddings.states.device
         scheduler = _ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
-        x_t = torch.randn((batch, *shape), generator=generator).to(device, embeddings.dtype)
+        x_t = torch.randn((batch, *shape), generator=generator).to(device)
         *_, x_t = _trajectory(self, networks, scheduler, x_t, embeddings, null, k)
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
@@ -191,9 +192,8 @@ class Bank:
             low, high = scheduler.timesteps[k], scheduler.timesteps[k - 1]
             share = torch.rand(n, generator=generator)
             t.append(low + (share * (high - low)).long())
-        embeddings = maker.embed([maker.neutral])
-        x = torch.cat(x_t).to(embeddings)
-        return Request(**chosen), x, torch.cat(t).to(x.device)
+        device = maker.networks.unet.device
+        return Request(**chosen), torch.cat(x_t).to(device), torch.cat(t).to(device)
 
     @torch.no_grad()
     def _fill(
@@ -211,7 +211,8 @@ class Bank:
         scheduler = _ddim(maker.networks.scheduler, self.how.steps)
         for part in requests:
             embeddings = maker.embed(part.made_with)
-            noise = torch.randn((size, *maker.shape), generator=generator).to(embeddings)
+            noise = torch.randn((size, *maker.shape), generator=generator)
+            noise = noise.to(embeddings.states.device)
             steps = _trajectory(
                 self.how, maker.networks, scheduler, noise, embeddings, null, self.how.steps - 1
             )
@@ -241,13 +242,13 @@ def _trajectory(
     networks: Networks,
     scheduler: Any,
     x_t: Tensor,
-    embeddings: Tensor,
-    null: Tensor,
+    embeddings: Conditioning,
+    null: Conditioning,
     k: int,
 ) -> Iterator[Tensor]:
     """x_t after each of the first k steps."""
     device, batch = x_t.device, len(x_t)
-    both = torch.cat([null.expand_as(embeddings), embeddings])
+    both = Conditioning.cat([null.expand(batch), embeddings])
     network = "student_sg" if how.source == "student" else how.source
     for t in scheduler.timesteps[:k]:
         inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expunge import adapters, backbones
+from expunge.conditioning import Conditioning, condition
 from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
@@ -152,8 +153,8 @@ class Trainer:
         texts = [prompt for prompt in concept.retained() if prompt]
         if not (keep.weight and keep.neighbours and texts):
             return []
-        targets = self.embeddings(concept.targets)
-        return [texts[i] for i in nearest(targets, self.embeddings(texts), keep.neighbours)]
+        targets, others = (self.embeddings(p).states for p in (concept.targets, texts))
+        return [texts[i] for i in nearest(targets, others, keep.neighbours)]
 
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
@@ -219,18 +220,18 @@ class Trainer:
 
 
 class _Embeddings:
-    """Text embeddings, each prompt encoded once."""
+    """What the UNet is told of a prompt, each encoded once."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
-        self.known: dict[str, Tensor] = {}
+        self.known: dict[str, Conditioning] = {}
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """(B, T, D) of B prompts."""
+    def __call__(self, prompts: list[str]) -> Conditioning:
+        """Of B prompts."""
         if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = backbones.encode_prompts(self.pipeline, new)
-            self.known.update(zip(new, encoded, strict=True))
-        return torch.stack([self.known[prompt] for prompt in prompts])
+            encoded = condition(self.pipeline, new)
+            self.known.update({p: encoded[i : i + 1] for i, p in enumerate(new)})
+        return Conditioning.cat([self.known[prompt] for prompt in prompts])
 
 
 def peak_memory_bytes() -> int:
