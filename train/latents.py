@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expunge import prediction
+from expunge.conditioning import Conditioning
 from expunge.train.memory import Batch, Memory, Pair, Request
 from expunge.train.predictions import Inputs, Networks
 
@@ -22,13 +23,13 @@ class Maker:
 
     Attributes:
         networks: Who denoises.
-        embed: Prompts to embeddings (B, T, D).
+        embed: What the UNet is told of B prompts.
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
     """
 
     networks: Networks
-    embed: Callable[[list[str]], Tensor]
+    embed: Callable[[list[str]], Conditioning]
     neutral: str
     shape: Shape
 
@@ -88,8 +89,8 @@ class Rollout:
     def draw(
         self,
         networks: Networks,
-        embeddings: Tensor,
-        null: Tensor,
+        embeddings: Conditioning,
+        null: Conditioning,
         shape: Shape,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
@@ -97,15 +98,15 @@ class Rollout:
 
         Args:
             networks: Who denoises.
-            embeddings: The prompts, (B, T, D).
-            null: The prompt of the unconditional prediction, (1, T, D).
+            embeddings: The B prompts.
+            null: The prompt of the unconditional prediction, one sample.
             shape: (C, h, w).
             generator: On the CPU; all randomness comes from it.
         """
-        batch, device = len(embeddings), embeddings.device
+        batch, device = len(embeddings), embeddings.states.device
         scheduler = _ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
-        x_t = torch.randn((batch, *shape), generator=generator).to(device, embeddings.dtype)
+        x_t = torch.randn((batch, *shape), generator=generator).to(device)
         for state in _trajectory(self, networks, scheduler, x_t, embeddings, null, k):
             x_t = state.after
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
@@ -178,9 +179,8 @@ class Bank:
             torch.cat([of[kind][places[kind]] for kind in ("erased", "retained")])
             for of in (self.latents, self.timesteps)
         )
-        embeddings = maker.embed([maker.neutral])
-        x = x_t.to(embeddings)
-        return Batch(Request(**chosen), x, t.to(x.device), self.memory, places)
+        device = maker.networks.unet.device
+        return Batch(Request(**chosen), x_t.to(device), t.to(device), self.memory, places)
 
     @torch.no_grad()
     def _fill(
@@ -199,7 +199,8 @@ class Bank:
             scheduler = _ddim(maker.networks.scheduler, how.steps)
             scheduler.timesteps += _shift(scheduler, generator)
             embeddings = maker.embed(part.made_with)
-            noise = torch.randn((size, *maker.shape), generator=generator).to(embeddings)
+            noise = torch.randn((size, *maker.shape), generator=generator)
+            noise = noise.to(embeddings.states.device)
             steps = _trajectory(how, maker.networks, scheduler, noise, embeddings, null, how.steps)
             rolled.append(_stack(list(steps)))
         pairs = {
@@ -268,13 +269,13 @@ def _trajectory(
     networks: Networks,
     scheduler: Any,
     x_t: Tensor,
-    embeddings: Tensor,
-    null: Tensor,
+    embeddings: Conditioning,
+    null: Conditioning,
     k: int,
 ) -> Iterator[_State]:
     """The first k steps."""
     device, batch = x_t.device, len(x_t)
-    both = torch.cat([null.expand_as(embeddings), embeddings])
+    both = Conditioning.cat([null.expand(batch), embeddings])
     network = "student_sg" if how.source == "student" else how.source
     for t in scheduler.timesteps[:k]:
         inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge import backbones
+from expunge.conditioning import Conditioning, condition
 from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Source
 from expunge.train.memory import Batch, Request
@@ -127,20 +127,20 @@ class Losses:
         texts = [prompt for prompt in concept.retained() if prompt]
         if not (keep.weight and keep.neighbours and texts):
             return []
-        embed = self.maker.embed
-        return [texts[i] for i in nearest(embed(concept.targets), embed(texts), keep.neighbours)]
+        targets, others = (self.maker.embed(p).states for p in (concept.targets, texts))
+        return [texts[i] for i in nearest(targets, others, keep.neighbours)]
 
 
 class Embeddings:
-    """Text embeddings, each prompt encoded once."""
+    """What the UNet is told of a prompt, each encoded once."""
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
-        self.known: dict[str, Tensor] = {}
+        self.known: dict[str, Conditioning] = {}
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """(B, T, D) of B prompts."""
+    def __call__(self, prompts: list[str]) -> Conditioning:
+        """Of B prompts."""
         if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = backbones.encode_prompts(self.pipeline, new)
-            self.known.update(zip(new, encoded, strict=True))
-        return torch.stack([self.known[prompt] for prompt in prompts])
+            encoded = condition(self.pipeline, new)
+            self.known.update({p: encoded[i : i + 1] for i, p in enumerate(new)})
+        return Conditioning.cat([self.known[prompt] for prompt in prompts])

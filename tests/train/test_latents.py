@@ -3,6 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from expunge import adapters, backbones
+from expunge.conditioning import Conditioning, condition
 from expunge.train.latents import Bank, Maker, Replay, Rollout, _ddim, _shift
 from expunge.train.memory import Request
 from expunge.train.predictions import Inputs, Networks
@@ -21,8 +22,8 @@ def networks(folder: str) -> Networks:
 
 
 def draw(nets: Networks, rollout: Rollout, seed: int, prompts=("a bomb", "a key")):
-    embeddings = backbones.encode_prompts(nets.pipeline, list(prompts))
-    null = backbones.encode_prompts(nets.pipeline, [""])
+    embeddings = condition(nets.pipeline, list(prompts))
+    null = condition(nets.pipeline, [""])
     generator = torch.Generator().manual_seed(seed)
     return rollout.draw(nets, embeddings, null, (4, 8, 8), generator)
 
@@ -47,6 +48,36 @@ def test_the_trajectory_is_that_of_diffusers(shape, request) -> None:
             raw = raw_null + 3.0 * (nets.unet(x, t, text).sample - raw_null)
             x = scheduler.step(raw, t, x).prev_sample
     torch.testing.assert_close(x_t, x, atol=1e-4, rtol=1e-4)
+
+
+def test_on_sdxl_it_is_the_trajectory_of_the_pipeline_itself(tiny_sdxl) -> None:
+    """Euler's steps are DDIM's once its latents are scaled as the UNet reads them.
+
+    The pipeline brings its own scheduler, guidance, empty prompt, pooled embeddings and sizes.
+    """
+    nets = networks(tiny_sdxl)
+    x_t, _ = draw(nets, Rollout(steps=6, guidance_scale=3.0, source="teacher"), seed=1)
+    seen = []
+
+    def keep(pipeline, i, t, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    generator = torch.Generator().manual_seed(1)
+    k = int(torch.randint(1, 6, (), generator=generator))
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    with adapters.teacher(nets.unet):
+        nets.pipeline(
+            ["a bomb", "a key"],
+            latents=noise,
+            num_inference_steps=6,
+            guidance_scale=3.0,
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+    σ = nets.pipeline.scheduler.sigmas[k]
+    assert σ > 0.5  # so that the scale is not 1
+    torch.testing.assert_close(x_t, seen[k - 1] / (σ**2 + 1).sqrt(), atol=1e-4, rtol=1e-4)
 
 
 def test_t_lies_in_the_bin_of_its_step(tiny_sd1) -> None:
@@ -83,7 +114,7 @@ def test_forwards_are_counted(tiny_sd1) -> None:
     draw(nets, Rollout(steps=2), 0)  # one step, two prompts, with and without guidance
     assert nets.forwards["sampling"] == 4
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3])
-    inputs = Inputs(x, t, torch.randn(3, 24, 32))
+    inputs = Inputs(x, t, Conditioning(torch.randn(3, 24, 32)))
     nets.predict({"teacher/null": inputs, "teacher/concept": inputs, "student/concept": inputs})
     assert nets.forwards["teacher"] == 6
     assert nets.forwards["student"] == 9
@@ -92,7 +123,11 @@ def test_forwards_are_counted(tiny_sd1) -> None:
 def test_named_predictions_are_those_of_single_calls(tiny_sd2) -> None:
     nets = networks(tiny_sd2)
     a, b = (
-        Inputs(torch.randn(2, 4, 8, 8), torch.tensor([9, 800]), torch.randn(2, 24, 32))
+        Inputs(
+            torch.randn(2, 4, 8, 8),
+            torch.tensor([9, 800]),
+            Conditioning(torch.randn(2, 24, 32)),
+        )
         for _ in range(2)
     )
     found = nets.predict({"teacher/null": a, "student/concept": b, "teacher/concept": b})
@@ -110,7 +145,7 @@ REQUEST = Request([("a bomb", "a bomb in ink style")], [("a key", "a key"), ("",
 def replayed(folder: str, how: Replay, draws=range(1), bank: Bank | None = None):
     """Batches of a bank, and the networks that made it."""
     nets = networks(folder)
-    maker = Maker(nets, lambda p: backbones.encode_prompts(nets.pipeline, p), "", (4, 8, 8))
+    maker = Maker(nets, lambda p: condition(nets.pipeline, p), "", (4, 8, 8))
     bank = bank or how.open()
     made = []
     for draw in draws:
@@ -132,8 +167,8 @@ def test_a_bank_holds_every_step_of_each_denoising(shape, request) -> None:
     shifted = scheduler.timesteps + _shift(scheduler, generator)
     assert torch.equal(timesteps, shifted.expand(3, 6))
     x = torch.randn(3, 4, 8, 8, generator=generator)
-    text = backbones.encode_prompts(nets.pipeline, REQUEST.made_with)
-    null = backbones.encode_prompts(nets.pipeline, [""] * 3)
+    text = condition(nets.pipeline, REQUEST.made_with)
+    null = condition(nets.pipeline, [""] * 3)
     kept = bank.memory["retained"].values["teacher/retained"].unflatten(0, (2, 6))
     empty = bank.memory["erased"].values["teacher/null"]
     for k, t in enumerate(shifted):
@@ -144,8 +179,8 @@ def test_a_bank_holds_every_step_of_each_denoising(shape, request) -> None:
         torch.testing.assert_close(kept[:, k], e[1:], atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(empty[k], e0[0], atol=1e-3, rtol=1e-3)
         with torch.no_grad(), adapters.teacher(nets.unet):
-            raw = nets.unet(x, t, null).sample
-            raw = raw + 3.0 * (nets.unet(x, t, text).sample - raw)
+            raw = nets.unet(x, t, null.states).sample
+            raw = raw + 3.0 * (nets.unet(x, t, text.states).sample - raw)
         x = scheduler.step(raw, t, x).prev_sample
     # The loss reads another prompt there than x_t was made with.
     assert not bank.memory["erased"].known["teacher/concept"].any()

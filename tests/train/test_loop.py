@@ -105,7 +105,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2", "tiny_sdxl"])
 def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> None:
     model, out = request.getfixturevalue(shape), tmp_path / "out"
     run = config(model, out, checkpoint_every=2, **OBJECTIVES[name])
@@ -156,6 +156,14 @@ def test_every_objective_of_the_table_is_run() -> None:
 
     table = {cls for cls in map(TABLE.load, TABLE) if not isinstance(cls(), ClosedForm)}
     assert {type(change["objective"]) for change in OBJECTIVES.values()} == table
+
+
+def test_a_lora_of_another_family_is_refused(tiny_sd1, tiny_sdxl, tmp_path) -> None:
+    for model, other in ((tiny_sdxl, tiny_sd1), (tiny_sd1, tiny_sdxl)):
+        run = config(model, tmp_path / Path(model).name, steps=1, preserve=Preserve())
+        train(run)
+        with pytest.raises(UserError, match="does not fit this model"):
+            load_erased(other, [run.output_dir])
 
 
 def test_what_is_exported_is_the_average(tiny_sd1, tmp_path) -> None:
