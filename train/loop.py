@@ -32,6 +32,8 @@ class Progress:
     seconds: float = 0.0
     forwards: dict[str, int] = field(default_factory=dict)
     base: str | None = None  # sha256 of the model that is erased from
+    probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
+    stopped: bool = False  # by the probe
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -52,6 +54,7 @@ class Trainer:
         accelerator: Devices, precision, accumulation, logs.
         folder: For checkpoints and logs.
         base: SHA-256 of the model's files; None when they are not at hand.
+        probe: Looks at the student now and then; see `expunge.train.PROBES`.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Trainer:
         accelerator: Accelerator,
         folder: Path,
         base: str | None = None,
+        probe: Any = None,
     ) -> None:
+        self.probe = probe
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         self.unet = unet = pipeline.unet
         objective = config.objective
@@ -129,7 +134,7 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_main_process or not sys.stderr.isatty(),
         )
-        while progress.step < config.steps:
+        while progress.step < config.steps and not progress.stopped:
             logs = self._optimise(progress.step)
             progress.step += 1
             progress.seconds = time.perf_counter() - begun
@@ -139,7 +144,10 @@ class Trainer:
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
-            last = progress.step == config.steps
+            if self.probe and progress.step % config.probe.every == 0:
+                self._look(bar)
+                begun += time.perf_counter() - begun - progress.seconds
+            last = progress.step == config.steps or progress.stopped
             if config.checkpoint_every and (progress.step % config.checkpoint_every == 0 or last):
                 self.checkpoints.save(progress.step)
             # The last sheet is made by whoever called, of every run.
@@ -150,6 +158,20 @@ class Trainer:
             ):
                 validate(progress.step)
         bar.close()
+
+    def _look(self, bar: Any) -> None:
+        """Ask the probe; it may end the training. Its time is not the training's."""
+        accelerator, progress = self.accelerator, self.progress
+        done = torch.zeros(1, device=accelerator.device)
+        if accelerator.is_main_process:
+            with self.networks.averaged():
+                rates = self.probe()
+            progress.probes[str(progress.step)] = rates
+            accelerator.log({f"probe/{k}": v for k, v in rates.items()}, step=progress.step)
+            shown = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
+            bar.write(f"step {progress.step}: {shown}", file=sys.stderr)
+            done += self.probe.satisfied(rates)
+        progress.stopped = bool(accelerator.reduce(done).item())
 
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator

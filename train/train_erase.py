@@ -85,13 +85,14 @@ def train(config: TrainConfig) -> Path:
             _finish(config, pipeline, progress, folder, lost)
         accelerator.wait_for_everyone()
         return folder / adapters.FILE
-    trainer = Trainer(config, pipeline, accelerator, folder, base)
+    probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
+    trainer = Trainer(config, pipeline, accelerator, folder, base, probe)
     if accelerator.is_main_process:
         begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
     trainer.run(lambda step: _validate(trainer, folder, step))
-    _validate(trainer, folder, config.steps)
+    _validate(trainer, folder, trainer.progress.step)
     if accelerator.is_main_process:
         with trainer.networks.averaged():
             _finish(config, pipeline, trainer.progress, folder)
@@ -163,6 +164,7 @@ def _finish(
         "schema_version": 1,
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
+        "probes": progress.probes,
         "trainable_parameters": sum(
             p.numel() for p in pipeline.unet.parameters() if p.requires_grad
         ),
