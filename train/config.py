@@ -94,6 +94,18 @@ class TrainConfig:
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "
                 "student"
             )
+        if "noise/made" in getattr(self.objective, "needs", ()) and not getattr(
+            self.latents, "knows_noise", False
+        ):
+            raise ValueError(
+                "got an objective that learns the true noise, with latents that do not know it; "
+                "allowed: latents.type noised"
+            )
+        if getattr(self.objective, "wants_anchor", False) and not self.concept.anchor.strip():
+            raise ValueError(
+                "got no concept.anchor with an objective that maps the concept onto one; allowed: "
+                'a text to take its place, say --concept.anchor "a balloon"'
+            )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(
                 "got preserve.weight above 0 with an objective in closed form, which has no "

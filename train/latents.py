@@ -23,10 +23,12 @@ class Request:
     Attributes:
         erased: (prompt that makes x_t, concept prompt of the loss).
         retained: (prompt that makes x_t and that the student reads, prompt the teacher reads).
+        noise: Of what was made: ε in the x_t of the erased, where it is known.
     """
 
     erased: list[Pair]
     retained: list[Pair]
+    noise: Tensor | None = None
 
     @property
     def made_with(self) -> list[str]:
@@ -43,12 +45,14 @@ class Maker:
         embed: Prompts to embeddings (B, T, D).
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
+        vae: The model's autoencoder, for who makes latents of pictures.
     """
 
     networks: Networks
     embed: Callable[[list[str]], Tensor]
     neutral: str
     shape: Shape
+    vae: Any = None
 
 
 class Source(Protocol):
@@ -121,10 +125,10 @@ class Rollout:
             generator: On the CPU; all randomness comes from it.
         """
         batch, device = len(embeddings), embeddings.device
-        scheduler = _ddim(networks.scheduler, self.steps)
+        scheduler = ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
         x_t = torch.randn((batch, *shape), generator=generator).to(device, embeddings.dtype)
-        *_, x_t = _trajectory(self, networks, scheduler, x_t, embeddings, null, k)
+        *_, x_t = trajectory(self, networks, scheduler, x_t, embeddings, null, k)
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
         return x_t, torch.randint(low, high, (batch,), generator=generator).to(device)
@@ -179,7 +183,7 @@ class Bank:
         request = ask()
         if draw % self.how.refresh == 0 or not self.latents:
             self._fill(request, ask, maker, generator)
-        scheduler = _ddim(maker.networks.scheduler, self.how.steps)
+        scheduler = ddim(maker.networks.scheduler, self.how.steps)
         chosen: dict[str, list[Pair]] = {}
         x_t, t = [], []
         for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
@@ -208,11 +212,11 @@ class Bank:
         while len(requests) * size < self.how.rollouts:
             requests.append(ask())
         null, rolled = maker.embed([maker.neutral]), []
-        scheduler = _ddim(maker.networks.scheduler, self.how.steps)
+        scheduler = ddim(maker.networks.scheduler, self.how.steps)
         for part in requests:
             embeddings = maker.embed(part.made_with)
             noise = torch.randn((size, *maker.shape), generator=generator).to(embeddings)
-            steps = _trajectory(
+            steps = trajectory(
                 self.how, maker.networks, scheduler, noise, embeddings, null, self.how.steps - 1
             )
             rolled.append(torch.stack(list(steps), 1).cpu())
@@ -236,8 +240,8 @@ class Bank:
         self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
 
 
-def _trajectory(
-    how: Rollout,
+def trajectory(
+    how: Any,
     networks: Networks,
     scheduler: Any,
     x_t: Tensor,
@@ -245,7 +249,7 @@ def _trajectory(
     null: Tensor,
     k: int,
 ) -> Iterator[Tensor]:
-    """x_t after each of the first k steps."""
+    """x_t after each of the first k steps of DDIM with guidance."""
     device, batch = x_t.device, len(x_t)
     both = torch.cat([null.expand_as(embeddings), embeddings])
     network = "student_sg" if how.source == "student" else how.source
@@ -259,7 +263,8 @@ def _trajectory(
         yield x_t
 
 
-def _ddim(scheduler: Any, steps: int) -> Any:
+def ddim(scheduler: Any, steps: int) -> Any:
+    """A DDIM scheduler of that many steps with the noise schedule of another."""
     from diffusers import DDIMScheduler
 
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)

@@ -21,7 +21,8 @@ from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Request
-from expunge.train.predictions import Inputs, Networks
+from expunge.train.objectives.base import Embedder
+from expunge.train.predictions import NETWORKS, Inputs, Networks
 from expunge.train.preserve import nearest
 
 
@@ -93,7 +94,9 @@ class Trainer:
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.progress = Progress(base=base)
         self.latents = config.latents.open()
-        self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
+        self.maker = Maker(
+            self.networks, self.embeddings, config.concept.neutral, self.shape, pipeline.vae
+        )
         self.guide = None
         if "guided/concept" in objective.needs:
             self.guide = objective.guide(pipeline, config.concept, self.maker)
@@ -196,12 +199,21 @@ class Trainer:
         texts = {
             "concept": [prompt for _, prompt in erased],
             "null": [concept.neutral] * n,
-            "anchor": [concept.anchor] * n,
+            "anchor": [concept.anchored(prompt) for _, prompt in erased],
+            "made": [made for made, _ in erased],
         }
+        needs = {name: name.split("/") for name in objective.needs}
+        read = {
+            name: self.embeddings(prompts)
+            for name, prompts in texts.items()
+            if any(name == prompt for _, prompt in needs.values())
+        }
+        if isinstance(objective, Embedder):
+            read |= objective.embeddings(read, generator)
         wanted = {
-            name: Inputs(x_t[:n], t[:n], self.embeddings(texts[name.split("/")[1]]))
-            for name in objective.needs
-            if not name.startswith("guided/")
+            name: Inputs(x_t[:n], t[:n], read[prompt])
+            for name, (network, prompt) in needs.items()
+            if network in NETWORKS
         }
         for network, column in (("student", 0), ("teacher", 1)) if retained else ():
             prompts = [pair[column] for pair in retained]
@@ -211,6 +223,8 @@ class Trainer:
         found = self.networks.predict(wanted)
         if self.guide is not None:
             found["guided/concept"] = self.guide(found, x_t[:n], t[:n])
+        if request.noise is not None:
+            found["noise/made"] = request.noise
         losses = {"erase": objective.loss(found).mean()}
         if retained:
             kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])
