@@ -7,6 +7,7 @@ from expunge.concepts import Concept
 from expunge.train import LATENTS
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
+from expunge.train.sight import Gate
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class TrainConfig:
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
     objective: Annotated[Any, OBJECTIVES] = field(default_factory=lambda: OBJECTIVES.load("esd")())
     latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
+    gate: Gate | None = field(
+        default=None, metadata={"help": "erase only where a density sees the concept"}
+    )
     preserve: Preserve = field(default_factory=Preserve)
+    start: Annotated[Any, OBJECTIVES] | None = field(
+        default=None, metadata={"help": "a closed form whose edit the training begins with"}
+    )
     lora: Lora = field(default_factory=Lora)
     steps: int = field(default=200, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=1, metadata={"help": "concept samples, on each process"})
@@ -105,6 +112,21 @@ class TrainConfig:
             raise ValueError(
                 "got no concept.anchor with an objective that maps the concept onto one; allowed: "
                 'a text to take its place, say --concept.anchor "a balloon"'
+            )
+        if self.start is not None and not hasattr(self.start, "fit"):
+            raise ValueError(
+                f"got start {type(self.start).__name__}, which is trained; allowed: an objective "
+                "in closed form, uce or rece"
+            )
+        if hasattr(self.objective, "fit") and (self.start or self.gate):
+            raise ValueError(
+                "got start or gate with an objective in closed form, which has no training loss; "
+                "allowed: an objective that is trained; leave them out"
+            )
+        if self.gate and "student/concept" not in getattr(self.objective, "needs", ()):
+            raise ValueError(
+                "got gate with an objective that teaches another prompt than the concept's; "
+                "allowed: one that teaches the concept's; leave out erase_from or subject, or gate"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

@@ -1,6 +1,5 @@
 """The training loop, once for every objective."""
 
-import random
 import resource
 import sys
 import time
@@ -13,17 +12,16 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from tqdm import tqdm
 
 from expunge import adapters, backbones
 from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
+from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
-from expunge.train.latents import Maker, Request
-from expunge.train.objectives.base import Embedder
-from expunge.train.predictions import NETWORKS, Inputs, Networks
-from expunge.train.preserve import nearest
+from expunge.train.latents import Maker
+from expunge.train.losses import Embeddings, Losses
+from expunge.train.predictions import Networks
 
 
 @dataclass
@@ -68,15 +66,18 @@ class Trainer:
         self.unet = unet = pipeline.unet
         objective = config.objective
         modules = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        edit, edited = None, []
+        if config.start is not None:
+            edit = config.start.fit(pipeline, config.concept)
+            edited = backbones.modules_of(unet, config.start.modules)
         self.parameters = adapters.attach(
             unet, modules, config.lora.rank, config.lora.alpha, config.seed
         )
+        if edit is not None:
+            install(edit, unet, edited)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        self.embeddings = _Embeddings(pipeline)
-        self.near = self._neighbours()
-        self.shape = backbones.latent_shape(pipeline)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -94,12 +95,14 @@ class Trainer:
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.progress = Progress(base=base)
         self.latents = config.latents.open()
-        self.maker = Maker(
-            self.networks, self.embeddings, config.concept.neutral, self.shape, pipeline.vae
+        maker = Maker(
+            self.networks,
+            Embeddings(pipeline),
+            config.concept.neutral,
+            backbones.latent_shape(pipeline),
+            pipeline.vae,
         )
-        self.guide = None
-        if "guided/concept" in objective.needs:
-            self.guide = objective.guide(pipeline, config.concept, self.maker)
+        self.losses = Losses(config, pipeline, maker, self.latents, accelerator.process_index)
         kept = (self.schedule, self.progress, self.ema, self.latents)
         accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
@@ -149,21 +152,12 @@ class Trainer:
                 validate(progress.step)
         bar.close()
 
-    def _neighbours(self) -> list[str]:
-        """The retained prompts nearest to the targets."""
-        keep, concept = self.config.preserve, self.config.concept
-        texts = [prompt for prompt in concept.retained() if prompt]
-        if not (keep.weight and keep.neighbours and texts):
-            return []
-        targets = self.embeddings(concept.targets)
-        return [texts[i] for i in nearest(targets, self.embeddings(texts), keep.neighbours)]
-
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
         sums: dict[str, float] = {}
         for micro in range(config.gradient_accumulation):
             with accelerator.accumulate(self.networks.wrapped):
-                terms = self._losses(step * config.gradient_accumulation + micro)
+                terms = self.losses(step * config.gradient_accumulation + micro)
                 loss = torch.stack(list(terms.values())).sum()
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
@@ -182,69 +176,6 @@ class Trainer:
             if self.ema is not None:
                 self.ema.step(self.parameters)
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
-
-    def _losses(self, draw: int) -> dict[str, Tensor]:
-        """The loss terms of one micro-batch; `draw` alone decides what is drawn."""
-        config, objective, concept = self.config, self.config.objective, self.config.concept
-        # Nothing is carried over from draw to draw, so that a resumed run is exact.
-        rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-
-        def ask() -> Request:
-            erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-            return Request(erased, config.preserve.prompts(concept, rng, self.near))
-
-        request, x_t, t = self.latents.batch(ask, self.maker, generator, draw)
-        erased, retained, n = request.erased, request.retained, len(request.erased)
-        texts = {
-            "concept": [prompt for _, prompt in erased],
-            "null": [concept.neutral] * n,
-            "anchor": [concept.anchored(prompt) for _, prompt in erased],
-            "made": [made for made, _ in erased],
-        }
-        needs = {name: name.split("/") for name in objective.needs}
-        read = {
-            name: self.embeddings(prompts)
-            for name, prompts in texts.items()
-            if any(name == prompt for _, prompt in needs.values())
-        }
-        if isinstance(objective, Embedder):
-            read |= objective.embeddings(read, generator)
-        wanted = {
-            name: Inputs(x_t[:n], t[:n], read[prompt])
-            for name, (network, prompt) in needs.items()
-            if network in NETWORKS
-        }
-        for network, column in (("student", 0), ("teacher", 1)) if retained else ():
-            prompts = [pair[column] for pair in retained]
-            wanted[f"{network}/retained"] = Inputs(x_t[n:], t[n:], self.embeddings(prompts))
-        # No autocast around all of it: every prepared forward has its own, and one cache of casts
-        # for passes with and without gradient would lose the gradient.
-        found = self.networks.predict(wanted)
-        if self.guide is not None:
-            found["guided/concept"] = self.guide(found, x_t[:n], t[:n])
-        if request.noise is not None:
-            found["noise/made"] = request.noise
-        losses = {"erase": objective.loss(found).mean()}
-        if retained:
-            kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])
-            losses["preserve"] = kept.mean()
-        return losses
-
-
-class _Embeddings:
-    """Text embeddings, each prompt encoded once."""
-
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """(B, T, D) of B prompts."""
-        if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = backbones.encode_prompts(self.pipeline, new)
-            self.known.update(zip(new, encoded, strict=True))
-        return torch.stack([self.known[prompt] for prompt in prompts])
 
 
 def peak_memory_bytes() -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 from expunge import prediction
 from expunge.decoding.base import vae_factor
 from expunge.pictures import picture_files, read_picture
-from expunge.train.latents import Maker, Pair, Request, ddim, trajectory
+from expunge.train.latents import Maker, ddim, trajectory
+from expunge.train.memory import Batch, Pair, Request
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Pictures:
 
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
-    ) -> tuple[Request, Tensor, Tensor]:
+    ) -> Batch:
         """As many samples as are asked for, noised anew."""
         request = ask()
         if not self.latents:
@@ -87,13 +88,14 @@ class Pictures:
             i = torch.randint(max(1, len(stored)), (len(pairs),), generator=generator)
             chosen[kind] = [own[j] for j in i.tolist()] if own else pairs
             parts.append(stored[i])
-        like, scheduler = maker.embed([maker.neutral]), maker.networks.scheduler
-        x0 = torch.cat(parts).to(like)
-        ε = torch.randn(x0.shape, generator=generator).to(like)
-        steps = scheduler.config.num_train_timesteps
-        t = torch.randint(steps, (len(x0),), generator=generator).to(like.device)
+        scheduler, device = maker.networks.scheduler, maker.networks.unet.device
+        x0, n = torch.cat(parts), len(request.erased)
+        ε = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
         x_t = prediction.noised(x0, ε, prediction.alpha_bar(scheduler, t))
-        return Request(**chosen, noise=ε[: len(request.erased)]), x_t, t
+        batch = Batch(Request(**chosen), x_t.to(device), t.to(device))
+        batch.keep("noise/made", torch.arange(n), ε[:n])
+        return batch
 
     @torch.no_grad()
     def _draw(
@@ -114,9 +116,12 @@ class Pictures:
             if not part.made_with:
                 continue
             embeddings = maker.embed(part.made_with)
-            x = torch.randn((len(embeddings), *maker.shape), generator=generator).to(embeddings)
-            steps = self.how.steps
-            *_, x = trajectory(self.how, maker.networks, scheduler, x, embeddings, null, steps)
+            x = torch.randn((len(embeddings), *maker.shape), generator=generator)
+            x = x.to(maker.networks.unet.device)
+            for state in trajectory(
+                self.how, maker.networks, scheduler, x, embeddings, null, self.how.steps
+            ):
+                x = state.after
             drawn.append((len(part.erased), x.cpu()))
         nothing = torch.zeros(0, *maker.shape)
         self.latents = {

@@ -6,9 +6,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from expunge import adapters, backbones, prediction
+from expunge.conditioning import Conditioning, condition
 from expunge.errors import UserError
 from expunge.pictures import save_png, to_pil
-from expunge.train.latents import Maker, Request
+from expunge.train.latents import Maker
+from expunge.train.memory import Request
 from expunge.train.noised import Noised, Pictures, encode
 from expunge.train.predictions import Networks
 
@@ -25,8 +27,8 @@ def maker_of(folder: str) -> Maker:
         parameter.data = torch.full(parameter.shape, 0.3)
     networks = Networks(pipeline.unet, pipeline.unet, pipeline.scheduler, None, parameters)
 
-    def embed(prompts: list[str]) -> torch.Tensor:
-        return backbones.encode_prompts(pipeline, prompts)
+    def embed(prompts: list[str]) -> Conditioning:
+        return condition(pipeline, prompts)
 
     return Maker(networks, embed, "", backbones.latent_shape(pipeline), pipeline.vae)
 
@@ -59,17 +61,18 @@ def test_the_pictures_are_what_diffusers_draws(shape, request) -> None:
 def test_what_is_drawn_is_a_picture_and_the_noise_that_is_told(tiny_sd1) -> None:
     maker, pictures = maker_of(tiny_sd1), Noised(count=9, steps=2).open()
     times = []
-    for request, x_t, t in batches(maker, pictures, range(60)):
-        assert request.erased == REQUEST.erased
-        assert set(request.retained) <= set(REQUEST.retained)
-        assert request.noise.shape == (1, 4, 8, 8)
+    for batch in batches(maker, pictures, range(60)):
+        assert batch.request.erased == REQUEST.erased
+        assert set(batch.request.retained) <= set(REQUEST.retained)
+        ε, t = batch.recall("noise/made"), batch.t
+        assert ε.shape == (1, 4, 8, 8)
         ᾱ = prediction.alpha_bar(maker.networks.scheduler, t[:1])
-        x0 = prediction.to_x0(request.noise, x_t[:1], ᾱ)
+        x0 = prediction.to_x0(ε, batch.x_t[:1], ᾱ)
         # At little ᾱ the division enlarges what rounding left.
         near = (pictures.latents["erased"] - x0).abs().flatten(1).amax(1)
         assert near.min() < 1e-3
         times += t.tolist()
-        assert request.noise.std().item() == pytest.approx(1, abs=0.2)
+        assert ε.std().item() == pytest.approx(1, abs=0.2)
     assert min(times) < 50
     assert max(times) > 949
     assert len(set(times)) > 150
@@ -79,14 +82,15 @@ def test_what_is_drawn_is_a_picture_and_the_noise_that_is_told(tiny_sd1) -> None
 
 def test_a_retained_picture_keeps_its_own_prompts(tiny_sd1) -> None:
     maker, pictures = maker_of(tiny_sd1), Noised(count=6, steps=2).open()
-    for request, x_t, t in batches(maker, pictures, range(1, 30)):
+    for batch in batches(maker, pictures, range(1, 30)):
+        x_t, t = batch.x_t, batch.t
         # Of the noise only the erased samples' is told: the picture is found as the nearest.
         ᾱ = prediction.alpha_bar(maker.networks.scheduler, t[1:]).sqrt().view(-1, 1, 1, 1)
         stored = pictures.latents["retained"]
         for row in (ᾱ[:, 0, 0, 0] > 0.9).nonzero().flatten().tolist():
             distance = (x_t[1 + row] / ᾱ[row] - stored).square().flatten(1).sum(1)
             own = pictures.prompts["retained"][int(distance.argmin())]
-            assert request.retained[row] == own
+            assert batch.request.retained[row] == own
 
 
 def test_they_are_drawn_once(tiny_sd1) -> None:
@@ -103,11 +107,11 @@ def test_they_come_back_from_their_state(tiny_sd1) -> None:
     drawn = maker.networks.forwards["sampling"]
     ours, theirs = (batches(maker, p, range(1, 4)) for p in (pictures, again))
     assert maker.networks.forwards["sampling"] == drawn
-    for (a, x, t), (b, y, u) in zip(ours, theirs, strict=True):
-        assert (a.erased, a.retained) == (b.erased, b.retained)
-        assert torch.equal(a.noise, b.noise)
-        assert torch.equal(x, y)
-        assert torch.equal(t, u)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.request == b.request
+        assert torch.equal(a.recall("noise/made"), b.recall("noise/made"))
+        assert torch.equal(a.x_t, b.x_t)
+        assert torch.equal(a.t, b.t)
 
 
 def folder_of(path, pictures) -> str:
@@ -122,8 +126,8 @@ def test_a_folder_stands_for_the_erased_and_the_rest_is_drawn(tiny_sd1, tmp_path
     shown = torch.rand(2, 3, 16, 16) * 2 - 1
     folder = folder_of(tmp_path / "pictures", shown)
     pictures = Noised(count=6, steps=2, folder=folder).open()
-    ((request, _, _),) = batches(maker, pictures)
-    assert request.erased == REQUEST.erased
+    (batch,) = batches(maker, pictures)
+    assert batch.request.erased == REQUEST.erased
     assert pictures.latents["retained"].shape == (4, 4, 8, 8)
     assert maker.networks.forwards["sampling"] == 2 * 2 * 4
     assert pictures.latents["erased"].shape == (2, 4, 8, 8)

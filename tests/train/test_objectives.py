@@ -10,6 +10,7 @@ import torch
 
 from expunge import backbones
 from expunge.concepts import Concept
+from expunge.conditioning import Conditioning
 from expunge.configuration import dump, parse
 from expunge.train.config import TrainConfig
 from expunge.train.objectives import OBJECTIVES
@@ -251,9 +252,13 @@ def test_what_an_objective_embeds_is_what_it_needs() -> None:
     assert any(isinstance(objective, Embedder) for objective in objectives)
     for objective in objectives:
         if isinstance(objective, Embedder):
-            prompts = {"concept": torch.randn(2, 5, 6)}
-            made = objective.embeddings(prompts, torch.Generator().manual_seed(0))
-            assert all(value.shape == (2, 5, 6) for value in made.values())
+            xl = Conditioning(torch.randn(2, 5, 6), torch.randn(2, 4), torch.ones(2, 6))
+            for concept in (xl, Conditioning(xl.states)):
+                made = objective.embeddings(concept, torch.Generator().manual_seed(0))
+                for value in made.values():
+                    assert value.states.shape == (2, 5, 6)
+                    assert (value.pooled is None) == (concept.pooled is None)
+                    assert value.sizes is concept.sizes
             known = {"concept", "null", "anchor", "made", *made}
             assert {need.split("/")[1] for need in objective.needs} <= known
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from expunge.conditioning import Conditioning
     from expunge.train.closed_form.fitter import Edit
 
 
@@ -59,12 +60,12 @@ class Embedder(Protocol):
     """An objective that also asks for predictions under embeddings that are no prompt's."""
 
     def embeddings(
-        self, prompts: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Further embeddings, each (B, T, D), by the name that `needs` gives them.
+        self, concept: Conditioning, generator: torch.Generator
+    ) -> dict[str, Conditioning]:
+        """What stands for prompts, B each, by the name that `needs` gives them; drawn anew.
 
         Args:
-            prompts: Of the named prompts that it needs, each (B, T, D).
+            concept: Of the concept prompts, B.
             generator: On the CPU; all randomness comes from it.
         """
         ...

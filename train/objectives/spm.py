@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expunge.concepts import Concept
@@ -14,6 +14,8 @@ from expunge.train.objectives.esd import esd_target
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from expunge.conditioning import Conditioning
 
 
 def latent_anchors(c: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,10 +78,14 @@ class Spm:
         return prompt, prompt
 
     def embeddings(
-        self, prompts: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """a, one for each sample."""
-        return {"near": latent_anchors(prompts["concept"], generator)}
+        self, concept: Conditioning, generator: torch.Generator
+    ) -> dict[str, Conditioning]:
+        """a, one for each sample; of SDXL's pooled text as well."""
+        states = latent_anchors(concept.states, generator)
+        pooled = concept.pooled
+        if pooled is not None:
+            pooled = latent_anchors(pooled, generator)
+        return {"near": replace(concept, states=states, pooled=pooled)}
 
     def loss(self, predictions: Mapping[str, Tensor]) -> Tensor:
         """The erasing and the anchoring term of each sample, (B,)."""
