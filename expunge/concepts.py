@@ -43,6 +43,16 @@ class Concept:
         """Every target in every template."""
         return [t.replace("{}", target) for target in self.targets for t in self.templates]
 
+    def anchored(self, prompt: str) -> str:
+        """The prompt with the anchor in the place of every target."""
+        return self.replaced(prompt, self.anchor)
+
+    def replaced(self, prompt: str, text: str) -> str:
+        """The prompt with a text in the place of every target that it names; it may be empty."""
+        longest_first = sorted(self.targets, key=len, reverse=True)
+        targets = "|".join(re.escape(target) for target in longest_first)
+        return " ".join(re.sub(rf"(?<!\w)(?:{targets})(?!\w)", lambda _: text, prompt).split())
+
     def retained(self) -> list[str]:
         """The prompts to preserve, less those that name a target: they cannot be both."""
         return [prompt for prompt in self.preserve if not self.mentioned_in(prompt)]

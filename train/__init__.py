@@ -11,6 +11,10 @@ LATENTS = Registry(
         "replay": Entry(
             "expunge.train.latents:Replay", "learn from all x_t of a denoising, many times"
         ),
+        "noised": Entry(
+            "expunge.train.noised:Noised",
+            "pictures with noise on them, which is known",
+        ),
     },
 )
 

@@ -104,6 +104,18 @@ class TrainConfig:
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "
                 "student"
             )
+        if "noise/made" in getattr(self.objective, "needs", ()) and not getattr(
+            self.latents, "knows_noise", False
+        ):
+            raise ValueError(
+                "got an objective that learns the true noise, with latents that do not know it; "
+                "allowed: latents.type noised"
+            )
+        if getattr(self.objective, "wants_anchor", False) and not self.concept.anchor.strip():
+            raise ValueError(
+                "got no concept.anchor with an objective that maps the concept onto one; allowed: "
+                'a text to take its place, say --concept.anchor "a balloon"'
+            )
         if self.start is not None and not hasattr(self.start, "fit"):
             raise ValueError(
                 f"got start {type(self.start).__name__}, which is trained; allowed: an objective "
@@ -113,6 +125,11 @@ class TrainConfig:
             raise ValueError(
                 "got start or gate with an objective in closed form, which has no training loss; "
                 "allowed: an objective that is trained; leave them out"
+            )
+        if self.gate and "student/concept" not in getattr(self.objective, "needs", ()):
+            raise ValueError(
+                "got gate with an objective that teaches another prompt than the concept's; "
+                "allowed: one that teaches the concept's; leave out erase_from or subject, or gate"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

@@ -26,12 +26,14 @@ class Maker:
         embed: What the UNet is told of B prompts.
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
+        vae: The model's autoencoder, for who makes latents of pictures.
     """
 
     networks: Networks
     embed: Callable[[list[str]], Conditioning]
     neutral: str
     shape: Shape
+    vae: Any = None
 
 
 class Source(Protocol):
@@ -104,10 +106,10 @@ class Rollout:
             generator: On the CPU; all randomness comes from it.
         """
         batch, device = len(embeddings), embeddings.states.device
-        scheduler = _ddim(networks.scheduler, self.steps)
+        scheduler = ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
         x_t = torch.randn((batch, *shape), generator=generator).to(device)
-        for state in _trajectory(self, networks, scheduler, x_t, embeddings, null, k):
+        for state in trajectory(self, networks, scheduler, x_t, embeddings, null, k):
             x_t = state.after
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
@@ -196,12 +198,12 @@ class Bank:
             requests.append(ask())
         null, rolled = maker.embed([maker.neutral]), []
         for part in requests:
-            scheduler = _ddim(maker.networks.scheduler, how.steps)
+            scheduler = ddim(maker.networks.scheduler, how.steps)
             scheduler.timesteps += _shift(scheduler, generator)
             embeddings = maker.embed(part.made_with)
             noise = torch.randn((size, *maker.shape), generator=generator)
             noise = noise.to(embeddings.states.device)
-            steps = _trajectory(how, maker.networks, scheduler, noise, embeddings, null, how.steps)
+            steps = trajectory(how, maker.networks, scheduler, noise, embeddings, null, how.steps)
             rolled.append(_stack(list(steps)))
         pairs = {
             "erased": [pair for part in requests for pair in part.erased],
@@ -264,8 +266,8 @@ def _stack(states: list[_State]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x_t, t, e0, e
 
 
-def _trajectory(
-    how: Rollout,
+def trajectory(
+    how: Any,
     networks: Networks,
     scheduler: Any,
     x_t: Tensor,
@@ -273,7 +275,7 @@ def _trajectory(
     null: Conditioning,
     k: int,
 ) -> Iterator[_State]:
-    """The first k steps."""
+    """The first k steps of DDIM with guidance; `how` says its scale and source."""
     device, batch = x_t.device, len(x_t)
     both = Conditioning.cat([null.expand(batch), embeddings])
     network = "student_sg" if how.source == "student" else how.source
@@ -289,7 +291,8 @@ def _trajectory(
         x_t = after
 
 
-def _ddim(scheduler: Any, steps: int) -> Any:
+def ddim(scheduler: Any, steps: int) -> Any:
+    """A DDIM scheduler of that many steps with the noise schedule of another."""
     from diffusers import DDIMScheduler
 
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)

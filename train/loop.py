@@ -105,6 +105,7 @@ class Trainer:
             Embeddings(pipeline),
             config.concept.neutral,
             backbones.latent_shape(pipeline),
+            pipeline.vae,
         )
         self.losses = Losses(config, pipeline, maker, self.latents, accelerator.process_index)
         kept = (self.schedule, self.progress, self.ema, self.latents)

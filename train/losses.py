@@ -13,10 +13,11 @@ from expunge.conditioning import Conditioning, condition
 from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Source
 from expunge.train.memory import Batch, Request
-from expunge.train.objectives.base import mse
+from expunge.train.objectives.base import Embedder, mse
 from expunge.train.predictions import Inputs
 from expunge.train.preserve import nearest
 
+LASTING = ("teacher", "gate", "noise")  # of one latent they are always the same
 KEPT = ("student/retained", "teacher/retained")
 
 
@@ -62,7 +63,7 @@ class Losses:
             names += ["gate/concept", "teacher/concept"]
         if batch.request.retained:
             names += KEPT
-        found = self._found(list(dict.fromkeys(names)), batch)
+        found = self._found(list(dict.fromkeys(names)), batch, self._embeddings(batch, generator))
         erase = objective.loss(found)
         if config.gate is not None:
             seen = found["gate/concept"]
@@ -74,10 +75,22 @@ class Losses:
             losses["preserve"] = kept.mean()
         return losses
 
-    def _found(self, names: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _embeddings(self, batch: Batch, generator: torch.Generator) -> dict[str, Conditioning]:
+        """What the objective asks for besides prompts."""
+        if not isinstance(self.config.objective, Embedder):
+            return {}
+        concept = self.maker.embed([prompt for _, prompt in batch.request.erased])
+        return self.config.objective.embeddings(concept, generator)
+
+    def _found(
+        self, names: list[str], batch: Batch, drawn: dict[str, Conditioning]
+    ) -> dict[str, Tensor]:
         """The predictions of these names; what is remembered is not asked again."""
         lacking = {
-            name: batch.lacks(name) for name in names if name.split("/")[0] in ("teacher", "gate")
+            name: batch.lacks(name)
+            for name in names
+            # What is drawn anew for every batch is not worth remembering.
+            if name.split("/")[0] in LASTING and name.split("/")[1] not in drawn
         }
         for name, made in self.derived.items():
             lacking[name] = batch.lacks(name)
@@ -85,8 +98,8 @@ class Losses:
                 also = batch.lacks(of) & lacking[name]
                 lacking[of] = lacking[of] | also if of in lacking else also
         asked = {name: rows for name, rows in lacking.items() if rows.any()}
-        inputs = self._inputs(batch)
-        wanted = {name: inputs(name) for name in names if name.startswith(("student", "ema"))}
+        inputs = self._inputs(batch, drawn)
+        wanted = {name: inputs(name) for name in names if name not in lacking}
         frozen = {n: rows for n, rows in asked.items() if n not in self.derived}
         wanted |= {name: inputs(name)[rows] for name, rows in frozen.items()}
         # No autocast around all of it: every prepared forward has its own, and one cache of casts
@@ -102,13 +115,14 @@ class Losses:
                 batch.keep(name, rows, made(seen, batch.x_t[:n][rows], batch.t[:n][rows]))
         return {name: found[name] if name not in lacking else batch.recall(name) for name in names}
 
-    def _inputs(self, batch: Batch) -> Callable[[str], Inputs]:
+    def _inputs(self, batch: Batch, drawn: dict[str, Conditioning]) -> Callable[[str], Inputs]:
         erased, retained = batch.request.erased, batch.request.retained
         concept, n = self.config.concept, len(erased)
         texts = {
             "concept": [prompt for _, prompt in erased],
             "null": [concept.neutral] * n,
-            "anchor": [concept.anchor] * n,
+            "anchor": [concept.anchored(prompt) for _, prompt in erased],
+            "made": [made for made, _ in erased],
             "student/retained": [prompt for prompt, _ in retained],
             "teacher/retained": [prompt for _, prompt in retained],
         }
@@ -116,6 +130,8 @@ class Losses:
         def inputs(name: str) -> Inputs:
             of = name.split("/")[1]
             rows = slice(n, None) if of == "retained" else slice(None, n)
+            if of in drawn:
+                return Inputs(batch.x_t[rows], batch.t[rows], drawn[of])
             read = texts[name if of == "retained" else of]
             return Inputs(batch.x_t[rows], batch.t[rows], self.maker.embed(read))
 

@@ -23,9 +23,13 @@ from expunge.errors import UserError
 from expunge.sampling.load import load_erased
 from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay, Rollout
+from expunge.train.noised import Noised
+from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.sdd import Sdd
+from expunge.train.objectives.slider import Slider
+from expunge.train.objectives.spm import Spm
 from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
 from expunge.train.sight import Gate
@@ -70,10 +74,27 @@ def _one_accelerator_at_a_time():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+ANCHORED = Concept(targets=["a bomb"], anchor="a balloon", preserve=["", "a key"])
 OBJECTIVES = {
     "esd": {"objective": Esd()},
     "esd-x-strict": {"objective": Esd(variant="x-strict")},
     "esd-u": {"objective": Esd(variant="u")},
+    "esd-all": {"objective": Esd(variant="all", erase_from="a weapon")},
+    "ablation": {
+        "objective": Ablation(),
+        "latents": Noised(count=6, steps=2),
+        "concept": ANCHORED,
+    },
+    "ablation-noise": {
+        "objective": Ablation(target="noise", regularisation=1.0),
+        "latents": Noised(count=5, steps=2),
+        "concept": ANCHORED,
+    },
+    "slider": {
+        "objective": Slider(subject="a weapon", attributes=["{} in ink style"]),
+        "concept": ANCHORED,
+    },
+    "spm": {"objective": Spm()},
     "esd-replay": {
         "objective": Esd(),
         "latents": Replay(steps=3, source="student", rollouts=5, refresh=3),
@@ -122,10 +143,17 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert result["seconds"] > 0
     assert result["peak_memory_bytes"] > 10**7
     forwards = result["unet_forwards"]
-    assert forwards["student"] == 4 * 4 * 3
-    # Without and with the prompt; of the density, which sees it everywhere, its own text as well.
-    passes = {"esd": 2, "sdd": 1, "density": 3}[result["objective"]]
-    if isinstance(run.latents, Replay):
+    networks = [need.split("/")[0] for need in run.objective.needs]
+    # Of the density, which sees the concept everywhere, all that it is made of as well.
+    passes = {"density": 3}.get(
+        result["objective"], networks.count("teacher") + networks.count("student_sg")
+    )
+    assert forwards["student"] == 4 * (2 + 2 * networks.count("student")) * 3
+    if isinstance(run.latents, Noised):
+        # Two steps, a pair each, of two batches of four.
+        assert forwards["sampling"] == 2 * 2 * 2 * 4
+        assert forwards["teacher"] == 4 * (2 + 2 * passes)
+    elif isinstance(run.latents, Replay):
         # Two banks in four steps, each of two batches of four or more, three steps, a pair each.
         batches = -(-run.latents.rollouts // 4)
         assert forwards["sampling"] == 2 * batches * 4 * 3 * 2
@@ -223,6 +251,8 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
     [
         ({"latents": Rollout(source="ema")}, "keeps no average"),
         ({"preserve": Preserve(weight=1.0), "concept": Concept(targets=["a"])}, "preserve"),
+        ({"objective": Ablation()}, "concept.anchor"),
+        ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
     ],
 )
 def test_settings_that_contradict_each_other(tiny_sd1, tmp_path, changes, match) -> None:
@@ -316,7 +346,7 @@ def launch(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kind", ["esd", "sdd", "esd-replay", "esd-gate"])
+@pytest.mark.parametrize("kind", ["esd", "sdd", "esd-replay", "esd-gate", "ablation-noise"])
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
     from expunge.configuration import dump
 
