@@ -4,8 +4,10 @@ The file is diffusers' own (`pytorch_lora_weights.safetensors`, keys `unet.<modu
 with the alpha in its metadata: without it diffusers reads alpha = rank, silently.
 """
 
+import errno
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,13 +112,23 @@ def diffusers_header(config: dict[str, Any], metadata: dict[str, Any]) -> dict[s
     }
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+    """`save_file`, but a full disk is the same error as everywhere else."""
+    try:
+        save_file(tensors, file, metadata=header)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+        raise
+
+
 def write(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
     """Write a safetensors file with its metadata in one order: safetensors' own is random.
 
     Equal runs then leave equal bytes. A safetensors file is the header's length (8 bytes, little
     endian), the header (JSON, padded with blanks to a multiple of 8) and the tensors.
     """
-    save_file(tensors, file, metadata=header)
+    save_tensors(tensors, file, header)
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     head = json.loads(data[8:end])

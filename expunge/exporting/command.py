@@ -141,10 +141,12 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
     from expunge.exporting.card import combined
 
     for pair in result["interference"]["pairs"]:
+        worst = pair["worst_layer"]
         print(
             f"{pair['one']} × {pair['other']}: cosine of ΔW {pair['cosine']:+.3f}, ‖sum‖ "
             f"{pair['norm_sum']:.3g} of {pair['norm_one']:.3g} and {pair['norm_other']:.3g}, in "
             f"{pair['shared_layers']} shared layers"
+            + (f"; {pair['layers'][worst]['cosine']:+.3f} in {worst}" if worst else "")
         )
     for concept, share in zip(
         (row["concept"] for row in result["lora"]), result["interference"]["moved"], strict=False

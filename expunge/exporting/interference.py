@@ -20,7 +20,13 @@ def in_weights(one: Layers, other: Layers) -> dict[str, Any]:
     aa = sum(product(delta, delta) for delta in one.values())
     bb = sum(product(delta, delta) for delta in other.values())
     ab = sum(product(one[name], other[name]) for name in layers)
-    return {"shared_layers": len(layers), **_compare(aa, bb, ab), "layers": layers}
+    worst = max(layers, key=lambda name: abs(layers[name]["cosine"]), default=None)
+    return {
+        "shared_layers": len(layers),
+        **_compare(aa, bb, ab),
+        "worst_layer": worst,
+        "layers": layers,
+    }
 
 
 def _compare(aa: float, bb: float, ab: float) -> dict[str, float]:

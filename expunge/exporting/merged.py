@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from expunge.adapters import save_tensors
 from expunge.errors import UserError
 from expunge.exporting.deltas import Layers
 from expunge.exporting.readback import digest
@@ -93,7 +94,7 @@ def write(
             if all(changed[k] is v for k, v in tensors.items()):
                 shutil.copyfile(file, target / file.name)
             else:
-                save_file(changed, target / file.name, metadata={"format": "pt"})
+                save_tensors(changed, target / file.name, {"format": "pt"})
             digests[f"{component}/{file.name}"] = digest(changed)
             found |= {k.removesuffix(".weight") for k in changed}
     if missing := [name for name in layers if name not in found]:
