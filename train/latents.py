@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from expunge import prediction
 from expunge.conditioning import Conditioning
 from expunge.train.predictions import Inputs, Networks
+from expunge.train.share import Share
 
 Shape = tuple[int, int, int]
 Pair = tuple[str, str]
@@ -34,6 +35,21 @@ class Request:
         """The prompts that make x_t, the erased first."""
         return [made for made, _ in [*self.erased, *self.retained]]
 
+    def of(self, share: Share) -> Request:
+        """What of it is one process's."""
+        erased, retained = ([pairs[i] for i in share.rows(len(pairs))] for pairs in self.parts)
+        return Request(erased, retained)
+
+    @property
+    def parts(self) -> tuple[list[Pair], list[Pair]]:
+        """The erased and the retained."""
+        return self.erased, self.retained
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many are erased and how many retained."""
+        return len(self.erased), len(self.retained)
+
 
 @dataclass(frozen=True)
 class Maker:
@@ -44,12 +60,14 @@ class Maker:
         embed: What the UNet is told of B prompts.
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
+        share: What of a batch this process makes.
     """
 
     networks: Networks
     embed: Callable[[list[str]], Conditioning]
     neutral: str
     shape: Shape
+    share: Share = field(default_factory=Share)
 
 
 class Source(Protocol):
@@ -58,12 +76,12 @@ class Source(Protocol):
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> tuple[Request, Tensor, Tensor]:
-        """What was made, x_t (B, C, h, w) and t (B,).
+        """This process's share of a batch: what was made, x_t (B, C, h, w) and t (B,).
 
         Args:
-            ask: What is wanted; every call may answer anew.
+            ask: What is wanted of all processes together; every call may answer anew.
             maker: Who makes it.
-            generator: On the CPU; all randomness comes from it.
+            generator: On the CPU; all randomness comes from it, the same on every process.
             draw: Number of the batch.
         """
         ...
@@ -98,9 +116,12 @@ class Rollout:
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> tuple[Request, Tensor, Tensor]:
         """Exactly what is asked for."""
-        request = ask()
+        whole = ask()
+        request, rows = whole.of(maker.share), maker.share.rows(*whole.sizes)
         embeddings, null = maker.embed(request.made_with), maker.embed([maker.neutral])
-        x_t, t = self.draw(maker.networks, embeddings, null, maker.shape, generator)
+        x_t, t = self.draw(
+            maker.networks, embeddings, null, maker.shape, generator, rows, sum(whole.sizes)
+        )
         return request, x_t, t
 
     @torch.no_grad()
@@ -111,6 +132,8 @@ class Rollout:
         null: Conditioning,
         shape: Shape,
         generator: torch.Generator,
+        rows: list[int] | None = None,
+        total: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_t (B, C, h, w) and t (B,) for B prompts, on the embeddings' device.
 
@@ -120,15 +143,19 @@ class Rollout:
             null: The prompt of the unconditional prediction, one sample.
             shape: (C, h, w).
             generator: On the CPU; all randomness comes from it.
+            rows: Which samples the prompts are of a batch of `total`; default: they are all.
+            total: How many are drawn for.
         """
-        batch, device = len(embeddings), embeddings.states.device
+        device = embeddings.states.device
+        total = len(embeddings) if total is None else total
+        rows = list(range(total)) if rows is None else rows
         scheduler = _ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
-        x_t = torch.randn((batch, *shape), generator=generator).to(device)
+        x_t = torch.randn((total, *shape), generator=generator)[rows].to(device)
         *_, x_t = _trajectory(self, networks, scheduler, x_t, embeddings, null, k)
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
-        return x_t, torch.randint(low, high, (batch,), generator=generator).to(device)
+        return x_t, torch.randint(low, high, (total,), generator=generator)[rows].to(device)
 
 
 @dataclass(frozen=True)
@@ -176,7 +203,7 @@ class Bank:
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> tuple[Request, Tensor, Tensor]:
-        """As many samples as are asked for, from the bank."""
+        """This process's share of as many samples as are asked for, from the bank of all."""
         request = ask()
         if draw % self.how.refresh == 0 or not self.latents:
             self._fill(request, ask, maker, generator)
@@ -185,13 +212,14 @@ class Bank:
         x_t, t = [], []
         for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
             stored, n = self.latents[kind], len(pairs)
-            i = torch.randint(max(1, len(stored)), (n,), generator=generator)
-            k = torch.randint(1, self.how.steps, (n,), generator=generator)
+            mine = maker.share.rows(n)
+            i = torch.randint(max(1, len(stored)), (n,), generator=generator)[mine]
+            k = torch.randint(1, self.how.steps, (n,), generator=generator)[mine]
             chosen[kind] = [self.prompts[kind][j] for j in i.tolist()]
             x_t.append(stored[i, k - 1])
             low, high = scheduler.timesteps[k], scheduler.timesteps[k - 1]
-            share = torch.rand(n, generator=generator)
-            t.append(low + (share * (high - low)).long())
+            within = torch.rand(n, generator=generator)[mine]
+            t.append(low + (within * (high - low)).long())
         device = maker.networks.unet.device
         return Request(**chosen), torch.cat(x_t).to(device), torch.cat(t).to(device)
 
@@ -204,19 +232,20 @@ class Bank:
         generator: torch.Generator,
     ) -> None:
         requests = [request]
-        size = len(request.made_with)
+        size, sizes, share = sum(request.sizes), request.sizes, maker.share
         while len(requests) * size < self.how.rollouts:
             requests.append(ask())
         null, rolled = maker.embed([maker.neutral]), []
         scheduler = _ddim(maker.networks.scheduler, self.how.steps)
         for part in requests:
-            embeddings = maker.embed(part.made_with)
-            noise = torch.randn((size, *maker.shape), generator=generator)
+            # The rollouts are shared among the processes, and then every one has them all.
+            embeddings = maker.embed(part.of(share).made_with)
+            noise = torch.randn((size, *maker.shape), generator=generator)[share.rows(*sizes)]
             noise = noise.to(embeddings.states.device)
             steps = _trajectory(
                 self.how, maker.networks, scheduler, noise, embeddings, null, self.how.steps - 1
             )
-            rolled.append(torch.stack(list(steps), 1).cpu())
+            rolled.append(share.gather(torch.stack(list(steps), 1), *sizes).cpu())
         n = len(request.erased)
         self.latents = {
             "erased": torch.cat([x[:n] for x in rolled]),

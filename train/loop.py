@@ -4,8 +4,9 @@ import random
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Request
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.preserve import nearest
+from expunge.train.share import Share
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Progress:
     seconds: float = 0.0
     forwards: dict[str, int] = field(default_factory=dict)
     base: str | None = None  # sha256 of the model that is erased from
+    batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -92,9 +95,14 @@ class Trainer:
             self.ema.to(accelerator.device)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
-        self.progress = Progress(base=base)
+        self.share = Share(accelerator.process_index, accelerator.num_processes)
+        retained = config.preserve.batch_size if config.preserve.weight else 0
+        batch = config.batch_size * self.share.count, retained * self.share.count
+        self.progress = Progress(base=base, batch=batch)
         self.latents = config.latents.open()
-        self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
+        self.maker = Maker(
+            self.networks, self.embeddings, config.concept.neutral, self.shape, self.share
+        )
         self.guide = None
         if "guided/concept" in objective.needs:
             self.guide = objective.guide(pipeline, config.concept, self.maker)
@@ -104,20 +112,33 @@ class Trainer:
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
         )
 
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: It cannot be read, or is of another model or another batch.
+        """
+        progress, base, batch = self.progress, self.progress.base, self.progress.batch
+        if not self.checkpoints.load_newest():
+            return
+        if progress.base != base:
+            raise UserError(
+                f"got a model {self.config.model} whose files are not those the run began with; "
+                "allowed: to resume on the same weights; restore them, or say --overwrite true"
+            )
+        if progress.batch != batch:
+            raise UserError(
+                f"got {batch[0]} erased and {batch[1]} retained samples a step over all processes; "
+                f"allowed: those the run began with, {progress.batch[0]} and {progress.batch[1]}; "
+                "on another number of processes change batch_size and preserve.batch_size to match"
+            )
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # accelerate restores it on the CPU
+
     def run(self, validate: Callable[[int], None]) -> None:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
-        base = progress.base
-        if config.resume and self.checkpoints.load_newest():
-            if progress.base != base:
-                raise UserError(
-                    f"got a model {config.model} whose files are not those the run began with; "
-                    "allowed: to resume on the same weights; restore them, or say --overwrite true"
-                )
-            for name, n in progress.forwards.items():
-                self.networks.forwards[name] = n // accelerator.num_processes
-            if self.ema is not None:
-                self.ema.to(accelerator.device)  # accelerate restores it on the CPU
+        earlier = Counter(progress.forwards)  # of any number of processes
         begun = time.perf_counter() - progress.seconds
         bar = tqdm(
             total=config.steps,
@@ -129,9 +150,7 @@ class Trainer:
             logs = self._optimise(progress.step)
             progress.step += 1
             progress.seconds = time.perf_counter() - begun
-            # Every process does the same number of passes.
-            passes = self.networks.forwards.items()
-            progress.forwards = {name: n * accelerator.num_processes for name, n in passes}
+            progress.forwards = {k: earlier[k] + n for k, n in self._forwards().items()}
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
@@ -146,6 +165,13 @@ class Trainer:
             ):
                 validate(progress.step)
         bar.close()
+
+    def _forwards(self) -> dict[str, int]:
+        """Passes of all processes since the run began or went on."""
+        own = self.networks.forwards
+        counts = torch.tensor(list(own.values()), device=self.accelerator.device)
+        total = self.accelerator.reduce(counts, "sum")
+        return dict(zip(own, total.tolist(), strict=True))
 
     def _neighbours(self) -> list[str]:
         """The retained prompts nearest to the targets."""
@@ -162,10 +188,13 @@ class Trainer:
         for micro in range(config.gradient_accumulation):
             with accelerator.accumulate(self.networks.wrapped):
                 terms = self._losses(step * config.gradient_accumulation + micro)
-                loss = torch.stack(list(terms.values())).sum()
-                if not torch.isfinite(loss):
+                values = torch.stack(list(terms.values()))
+                loss = values.sum()
+                # Of all processes, so that they log, and give up, together.
+                values = accelerator.reduce(values.detach(), "mean")
+                if not torch.isfinite(values).all():
                     raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step}; lower learning_rate"
+                        f"the loss is {values.sum()} at step {step}; lower learning_rate"
                     )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -173,8 +202,8 @@ class Trainer:
                     sums["grad_norm"] = float(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation
+            for name, value in zip(terms, values.tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value / config.gradient_accumulation
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step that overflowed
             self.schedule.step()
             if self.ema is not None:
@@ -182,15 +211,18 @@ class Trainer:
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
 
     def _losses(self, draw: int) -> dict[str, Tensor]:
-        """The loss terms of one micro-batch; `draw` alone decides what is drawn."""
+        """The loss terms of this process's share of a micro-batch; `draw` decides what is drawn."""
         config, objective, concept = self.config, self.config.objective, self.config.concept
-        # Nothing is carried over from draw to draw, so that a resumed run is exact.
-        rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
+        # Nothing is carried over from draw to draw, so that a resumed run is exact; every process
+        # draws the whole batch, so that their number changes nothing.
+        rng = random.Random(f"{config.seed}/{draw}/0")
+        erased_all, retained_all = self.progress.batch
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
 
         def ask() -> Request:
-            erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-            return Request(erased, config.preserve.prompts(concept, rng, self.near))
+            erased = [objective.prompts(concept, rng) for _ in range(erased_all)]
+            keep = replace(config.preserve, batch_size=max(1, retained_all))
+            return Request(erased, keep.prompts(concept, rng, self.near))
 
         request, x_t, t = self.latents.batch(ask, self.maker, generator, draw)
         erased, retained, n = request.erased, request.retained, len(request.erased)
