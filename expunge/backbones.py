@@ -141,12 +141,12 @@ def modules_of(unet: nn.Module, group: str) -> list[str]:
     return names
 
 
+@torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: list[str]) -> Tensor:
     """Text embeddings (B, T, D) of the prompts, which cross-attention reads."""
     return encode(pipeline, prompts)[0]
 
 
-@torch.no_grad()
 def encode(pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B, T, D), and of SDXL the pooled ones (B, D'), as the pipeline makes them.
 

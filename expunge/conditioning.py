@@ -62,21 +62,21 @@ class Conditioning:
         return Conditioning(*(None if x is None else change(x) for x in fields))
 
 
-@torch.no_grad()
-def condition(pipeline: Any, prompts: list[str]) -> Conditioning:
+def condition(pipeline: Any, prompts: list[str], differentiable: bool = False) -> Conditioning:
     """What the pipeline itself gives its UNet for B prompts at the model's own size, in float32.
 
     The empty prompt is what stands for no prompt when the pipeline samples: SDXL was trained with
     zeros there, and its pipeline uses them (`force_zeros_for_empty_prompt`), not the encoded "".
     """
-    states, pooled = backbones.encode(pipeline, prompts)
+    with torch.set_grad_enabled(differentiable):
+        states, pooled = backbones.encode(pipeline, prompts)
     states = states.float()
     if pooled is None:
         return Conditioning(states)
     pooled = pooled.float()
     if pipeline.config.force_zeros_for_empty_prompt:
-        empty = torch.tensor([not prompt for prompt in prompts])
-        states[empty], pooled[empty] = 0.0, 0.0
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=states.device)
+        states, pooled = states * said[:, None, None], pooled * said[:, None]
     _, h, w = backbones.latent_shape(pipeline)
     size = [h * pipeline.vae_scale_factor, w * pipeline.vae_scale_factor]
     sizes = torch.tensor([[*size, 0, 0, *size]] * len(prompts), dtype=torch.float32)

@@ -7,6 +7,8 @@ from expunge.concepts import Concept
 from expunge.train import LATENTS, PROBES
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
+from expunge.train.robust import Robust
+from expunge.train.several import Several
 from expunge.train.sight import Gate
 
 
@@ -63,6 +65,10 @@ class TrainConfig:
     latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
     gate: Gate | None = field(
         default=None, metadata={"help": "erase only where a density sees the concept"}
+    )
+    several: Several = field(default_factory=Several)
+    robust: Robust | None = field(
+        default=None, metadata={"help": "against words that would bring the concept back"}
     )
     preserve: Preserve = field(default_factory=Preserve)
     start: Annotated[Any, OBJECTIVES] | None = field(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge import prediction
 from expunge.conditioning import Conditioning
+from expunge.train.coreset import changes, choose, gram
 from expunge.train.memory import Batch, Memory, Pair, Request
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.share import Share
@@ -141,15 +142,24 @@ class Replay(Rollout):
     Attributes:
         rollouts: Denoisings in the bank, in the proportion of erased and retained samples.
         refresh: Batches from one bank to the next, made by the `source` as it is then.
+        coreset: How many of the retained latents are learned from, those that together stand best
+            for all in the bank; 0: all.
+        directions: Of the LoRA in which they are to stand for all. Costs so many passes, and one,
+            for each retained latent.
     """
 
     rollouts: int = 64
     refresh: int = 50
+    coreset: int = 0
+    directions: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rollouts < 1 or self.refresh < 1:
-            raise ValueError(f"got {self}; allowed: rollouts and refresh 1 or more")
+        if min(self.rollouts, self.refresh, self.directions) < 1 or self.coreset < 0:
+            raise ValueError(
+                f"got {self}; allowed: rollouts, refresh and directions 1 or more, coreset 0 or "
+                "more"
+            )
 
     def open(self) -> Bank:
         """Empty."""
@@ -167,10 +177,12 @@ class Bank:
         timesteps: Theirs, (N · steps,).
         prompts: Whose they are, N pairs each.
         memory: What frozen networks said of them.
+        weights: How often each is drawn, (N · steps,).
     """
 
     def __init__(self, how: Replay) -> None:
         self.how = how
+        self.weights: dict[str, Tensor] = {}
         self.latents: dict[str, Tensor] = {}
         self.timesteps: dict[str, Tensor] = {}
         self.prompts: dict[str, list[Pair]] = {}
@@ -186,9 +198,11 @@ class Bank:
         chosen: dict[str, list[Pair]] = {}
         places: dict[str, Tensor] = {}
         for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
-            stored = max(1, len(self.latents[kind]))
-            drawn = torch.randint(stored, (len(pairs),), generator=generator)
-            places[kind] = drawn[maker.share.rows(len(pairs))]
+            weights, n = self.weights[kind], len(pairs)
+            drawn = torch.zeros(0, dtype=torch.long)
+            if n:
+                drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
+            places[kind] = drawn[maker.share.rows(n)]
             chosen[kind] = [self.prompts[kind][i // self.how.steps] for i in places[kind].tolist()]
         x_t, t = (
             torch.cat([of[kind][places[kind]] for kind in ("erased", "retained")])
@@ -228,8 +242,21 @@ class Bank:
             self.prompts[kind] = pairs[kind]
             self.latents[kind], self.timesteps[kind] = x_t.flatten(0, 1), t.flatten()
             self.memory[kind] = Memory(len(self.timesteps[kind]))
+            self.weights[kind] = torch.ones(len(self.timesteps[kind]))
             if how.source == "teacher" and len(t):
                 self._overheard(kind, e0.flatten(0, 1), e.flatten(0, 1))
+        if how.coreset and pairs["retained"]:
+            self.weights["retained"] = self._stand_for_all(maker, generator)
+
+    def _stand_for_all(self, maker: Maker, generator: torch.Generator) -> Tensor:
+        """Weights of the retained latents, few of them above 0."""
+        read = [made for made, _ in self.prompts["retained"] for _ in range(self.how.steps)]
+        device = maker.networks.unet.device
+        x_t, t = (x["retained"].to(device) for x in (self.latents, self.timesteps))
+        inputs = Inputs(x_t, t, maker.embed(read))
+        changed = changes(maker.networks, inputs, self.how.directions, generator)
+        weights = choose(gram(changed), self.how.coreset)
+        return maker.share.first(weights.to(device)).cpu()
 
     def _overheard(self, kind: str, e0: Tensor, e: Tensor) -> None:
         """The teacher has said it while it denoised."""
@@ -251,11 +278,13 @@ class Bank:
             "timesteps": self.timesteps,
             "prompts": self.prompts,
             "memory": memory,
+            "weights": self.weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From plain values."""
         self.latents, self.timesteps = state["latents"], state["timesteps"]
+        self.weights = state["weights"]
         self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
         self.memory = {kind: Memory.of(memory) for kind, memory in state["memory"].items()}
 

@@ -115,7 +115,10 @@ class Trainer:
             self.share,
         )
         self.losses = Losses(config, pipeline, maker, self.latents)
-        kept = (self.schedule, self.progress, self.ema, self.latents)
+        losses = self.losses
+        kept = (
+            self.schedule, self.progress, self.ema, self.latents, losses.turns, losses.attack,
+        )  # fmt: skip
         accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
@@ -214,6 +217,8 @@ class Trainer:
                         f"the loss is {values.sum()} at step {step}; lower learning_rate"
                     )
                 accelerator.backward(loss)
+                if self.losses.attack is not None:
+                    self.losses.attack.climb(lambda g: accelerator.reduce(g, "mean"))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
                     sums["grad_norm"] = float(norm)

@@ -17,6 +17,7 @@ from expunge.train.memory import Batch, Request
 from expunge.train.objectives.base import Embedder, mse
 from expunge.train.predictions import Inputs
 from expunge.train.preserve import nearest
+from expunge.train.several import Turns
 
 LASTING = ("teacher", "gate", "noise")  # of one latent they are always the same
 KEPT = ("student/retained", "teacher/retained")
@@ -35,6 +36,10 @@ class Losses:
     def __init__(self, config: TrainConfig, pipeline: Any, maker: Maker, latents: Source) -> None:
         self.config, self.maker, self.latents = config, maker, latents
         self.near = self._neighbours()
+        self.turns = Turns(config.several, config.concept)
+        self.attack = None
+        if config.robust is not None:
+            self.attack = config.robust.open(pipeline, config.concept, config.seed)
         # What is made of the teacher's predictions, and does not change either.
         self.derived: dict[str, Any] = {}
         if "guided/concept" in config.objective.needs:
@@ -55,7 +60,10 @@ class Losses:
         keep = replace(config.preserve, batch_size=count * config.preserve.batch_size)
 
         def ask() -> Request:
-            erased = [objective.prompts(concept, rng) for _ in range(count * config.batch_size)]
+            erased = [
+                objective.prompts(self.turns.pick(rng), rng)
+                for _ in range(count * config.batch_size)
+            ]
             return Request(erased, keep.prompts(concept, rng, self.near))
 
         batch = self.latents.batch(ask, self.maker, generator, draw)
@@ -66,6 +74,7 @@ class Losses:
             names += KEPT
         found = self._found(list(dict.fromkeys(names)), batch, self._embeddings(batch, generator))
         erase = objective.loss(found)
+        self.turns.learn([prompt for _, prompt in batch.request.erased], erase)
         if config.gate is not None:
             seen = found["gate/concept"]
             untouched = mse(found["student/concept"], found["teacher/concept"])
@@ -134,9 +143,18 @@ class Losses:
             if of in drawn:
                 return Inputs(batch.x_t[rows], batch.t[rows], drawn[of])
             read = texts[name if of == "retained" else of]
-            return Inputs(batch.x_t[rows], batch.t[rows], self.maker.embed(read))
+            told = self._attacked(read) if name == "student/concept" else self.maker.embed(read)
+            return Inputs(batch.x_t[rows], batch.t[rows], told)
 
         return inputs
+
+    def _attacked(self, prompts: list[str]) -> Conditioning:
+        """What the student reads: of some prompts, what an attacker makes of them."""
+        if self.attack is None:
+            return self.maker.embed(prompts)
+        m = max(1, round(self.attack.how.share * len(prompts)))
+        rest = [self.maker.embed(prompts[m:])] if prompts[m:] else []
+        return Conditioning.cat([self.attack(prompts[:m]), *rest])
 
     def _neighbours(self) -> list[str]:
         """The retained prompts nearest to the targets."""

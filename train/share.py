@@ -43,3 +43,12 @@ class Share:
         order = [row for i in range(self.count) for row in Share(i, self.count).rows(*sizes)]
         whole: Tensor = gather(mine)
         return whole[torch.tensor(order, device=whole.device).argsort()]
+
+    def first(self, mine: Tensor) -> Tensor:
+        """What the first process has; all must call it."""
+        if self.count == 1:
+            return mine
+        from accelerate.utils import broadcast
+
+        found: Tensor = broadcast(mine.contiguous())
+        return found

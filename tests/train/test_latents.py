@@ -252,7 +252,9 @@ def test_a_bank_comes_back_from_its_state(tiny_sd1) -> None:
         assert torch.equal(one.t, other.t)
 
 
-@pytest.mark.parametrize("bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}, {"coreset": -1}, {"directions": 0}]
+)
 def test_a_senseless_bank(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Replay(**bad)
@@ -262,3 +264,19 @@ def test_a_senseless_bank(bad) -> None:
 def test_senseless_steps(steps) -> None:
     with pytest.raises(ValueError, match=r"latents\.steps"):
         Rollout(steps=steps)
+
+
+def test_a_coreset_is_drawn_from_alone_and_by_its_weights(tiny_sd1) -> None:
+    how = Replay(steps=4, source="student", rollouts=9, refresh=500, coreset=3, directions=2)
+    nets, bank, made = replayed(tiny_sd1, how, range(60))
+    weights = bank.weights["retained"]
+    chosen = set(weights.nonzero().flatten().tolist())
+    assert 1 <= len(chosen) <= 3
+    drawn = [place for batch in made for place in batch.places["retained"].tolist()]
+    assert set(drawn) <= chosen
+    assert len({place for batch in made for place in batch.places["erased"].tolist()}) > 3
+    # 9 rollouts of 4 steps with guidance; 24 retained latents along 2 directions, and once without.
+    assert nets.forwards["sampling"] == 2 * 9 * 4 + 24 * 3
+    again = how.open()
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.weights["retained"], weights)

@@ -32,6 +32,8 @@ from expunge.train.objectives.slider import Slider
 from expunge.train.objectives.spm import Spm
 from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
+from expunge.train.robust import Robust
+from expunge.train.several import Several
 from expunge.train.sight import Gate
 from expunge.train.train_erase import train
 
@@ -111,6 +113,12 @@ OBJECTIVES = {
         "latents": Replay(steps=3, source="teacher", rollouts=5, refresh=3),
     },
     "esd-start": {"objective": Esd(), "start": Uce()},
+    "esd-robust": {"objective": Esd(), "robust": Robust(restart=3)},
+    "esd-several": {
+        "objective": Esd(),
+        "several": Several(order="balanced"),
+        "concept": Concept(targets=["a bomb", "a skull"], preserve=["", "a key"]),
+    },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {
         "objective": Sdd(ema_decay=0.9),
@@ -346,7 +354,10 @@ def launch(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kind", ["esd", "sdd", "esd-replay", "esd-gate", "ablation-noise"])
+@pytest.mark.parametrize(
+    "kind",
+    ["esd", "sdd", "esd-replay", "esd-gate", "ablation-noise", "esd-robust", "esd-several"],
+)
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
     from expunge.configuration import dump
 
