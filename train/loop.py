@@ -158,6 +158,9 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_main_process or not sys.stderr.isatty(),
         )
+        if self.probe and config.start and not progress.step:
+            self._look(bar)  # it may be erased already
+            begun = time.perf_counter() - progress.seconds
         while progress.step < config.steps and not progress.stopped:
             logs = self._optimise(progress.step)
             progress.step += 1
@@ -188,7 +191,8 @@ class Trainer:
         if accelerator.is_main_process:
             with self.networks.averaged():
                 rates = self.probe()
-            progress.probes[str(progress.step)] = rates
+            cost = {"unet_forwards": sum(progress.forwards.values()), "seconds": progress.seconds}
+            progress.probes[str(progress.step)] = rates | cost
             accelerator.log({f"probe/{k}": v for k, v in rates.items()}, step=progress.step)
             shown = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
             bar.write(f"step {progress.step}: {shown}", file=sys.stderr)

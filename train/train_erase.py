@@ -183,6 +183,7 @@ def _finish(
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
         "probes": progress.probes,
+        "stopped": progress.stopped,
         "trainable_parameters": sum(
             p.numel() for p in pipeline.unet.parameters() if p.requires_grad
         ),

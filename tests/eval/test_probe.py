@@ -59,13 +59,16 @@ def run(folder: Path, **changes) -> dict:
 
 
 def test_a_training_ends_when_the_probe_is_satisfied(tmp_path) -> None:
-    """UCE alone has erased it before the first step."""
+    """UCE alone has erased it before the first step; without it, it takes one look."""
     lenient = {"every": 1, "limit": 1, "kept": 0.01, "erased": 0.99}
-    assert run(tmp_path / "stop", probe=Probe(stop=True, **lenient))["steps"] == 1
-    found = run(tmp_path / "look", probe=Probe(**lenient))
+    done = run(tmp_path / "stop", probe=Probe(stop=True, **lenient))
+    assert done["steps"] == 0
+    assert sum(done["unet_forwards"].values()) == 0
+    found = run(tmp_path / "look", probe=Probe(**lenient | {"every": 2}))
     assert found["steps"] == 3
-    assert list(found["probes"]) == ["1", "2", "3"]
-    assert found["probes"]["3"]["target_seen"] in (0, 1)
+    assert list(found["probes"]) == ["0", "2"]
+    assert found["probes"]["2"]["target_seen"] in (0, 1)
+    assert 0 < found["probes"]["2"]["unet_forwards"] < sum(found["unet_forwards"].values())
 
 
 def test_a_concept_that_the_suite_does_not_know_is_refused_before_anything(tmp_path) -> None:
