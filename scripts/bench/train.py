@@ -2,11 +2,11 @@
 
     python scripts/bench/train.py [--output_dir D] [--limit 24]
 
-Each trains on the bundled model until a probe of the suite `emoji` finds the target in at most 5 % of its
-pictures and everything else in at least 95 % of what the base shows, or its steps are done. The last
-line is JSON: `forwards_ratio` and `seconds_ratio` are ours over the published one's, `forwards_per_step`
-ours per sample of the batch (a backward counts 2). With --output_dir a figure of target seen against
-passes, D/curve.png, and D/curve.json.
+Each trains on the bundled model until a probe of the suite `emoji` finds the target in at most 5 %
+of its pictures and everything else in at least 95 % of what the base shows, or its steps are done.
+The last line is JSON: `forwards_ratio` and `seconds_ratio` are ours over the published one's,
+`forwards_per_step` ours per sample of the batch (a backward counts 2). With --output_dir a figure
+of target seen against passes, D/curve.png, and D/curve.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from expunge.cli import run
-from expunge.configuration import load, parse
+from expunge.configuration import parse
 from expunge.eval.probe import Probe
 from expunge.results import provenance, write_json_atomic
 from expunge.train.config import TrainConfig, Validation
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 def trained(file: str, config: Config) -> dict[str, Any]:
     """One recipe, until it is good enough."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe = load(TrainConfig, CONFIGS / file, {"output_dir": "unused"})
+    recipe = parse(TrainConfig, ["--config", str(CONFIGS / file), "--output_dir", "unused"])
     every = max(1, recipe.steps // config.looks)
     probe = Probe(
         every=every, limit=config.limit, stop=True, erased=config.erased, kept=config.kept
