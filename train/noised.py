@@ -160,6 +160,7 @@ def encode(picture: Tensor, maker: Maker) -> Tensor:
     ).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     picture = picture[:, :, top : top + height, left : left + width]
-    z: Tensor = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode()
+    z = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
     shift = vae.config.get("shift_factor") or 0.0
-    return ((z - shift) * vae.config.scaling_factor).float().cpu()
+    x0: Tensor = (z - shift) * vae.config.scaling_factor
+    return x0
