@@ -4,8 +4,10 @@ The file is diffusers' own (`pytorch_lora_weights.safetensors`, keys `unet.<modu
 with the alpha in its metadata: without it diffusers reads alpha = rank, silently.
 """
 
+import errno
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,20 +83,11 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
         raise RuntimeError("the adapter is all zero: nothing was trained")
     if not all(torch.isfinite(v).all() for v in tensors.values()):
         raise RuntimeError("the adapter holds NaN or infinite weights; lower the learning rate")
-    # Only what every version of peft knows: it refuses a key that it does not.
-    known = unet.peft_config[NAME].to_dict()
-    config = {key: known[key] for key in ("peft_type", "r", "lora_alpha", "bias")}
-    config["target_modules"] = sorted(known["target_modules"])
-    header = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()}),
-        METADATA: json.dumps(metadata, sort_keys=True),
-    }
+    header = diffusers_header(unet.peft_config[NAME].to_dict(), metadata)
     temporary = folder / ".unfinished.safetensors"
     try:
-        save_file({f"unet.{k}": v for k, v in tensors.items()}, temporary, metadata=header)
-        _sort_header(temporary)
-        with _quiet():
+        write({f"unet.{k}": v for k, v in tensors.items()}, temporary, header)
+        with quiet():
             _compare(pipeline, temporary, tensors)
         temporary.replace(folder / FILE)
     finally:
@@ -102,23 +95,51 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
     return folder / FILE
 
 
-def _sort_header(file: Path) -> None:
-    """Give the file's metadata one order: safetensors writes it in a random one.
+def diffusers_header(config: dict[str, Any], metadata: dict[str, Any]) -> dict[str, str]:
+    """What diffusers and expunge read in the head of a LoRA file.
+
+    Args:
+        config: `r`, `lora_alpha` and `target_modules`; others of peft's settings do not count.
+        metadata: What the file says of itself.
+    """
+    # Only what every version of peft knows: it refuses a key that it does not.
+    known = {"peft_type": "LORA", "r": config["r"], "lora_alpha": config["lora_alpha"]}
+    known |= {"bias": "none", "target_modules": sorted(config["target_modules"])}
+    return {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in known.items()}),
+        METADATA: json.dumps(metadata, sort_keys=True),
+    }
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+    """`save_file`, but a full disk is the same error as everywhere else."""
+    try:
+        save_file(tensors, file, metadata=header)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+        raise
+
+
+def write(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file with its metadata in one order: safetensors' own is random.
 
     Equal runs then leave equal bytes. A safetensors file is the header's length (8 bytes, little
     endian), the header (JSON, padded with blanks to a multiple of 8) and the tensors.
     """
+    save_tensors(tensors, file, header)
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head = json.loads(data[8:end])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The libraries warn of a second adapter, and log what is checked or raised here anyway."""
     from diffusers.utils import logging
 
@@ -216,7 +237,7 @@ def load(pipeline: Any, loras: list[str], scale: float = 1.0) -> list[str]:
         read_header(file)
         keys = set(load_file(file))
         try:
-            with _quiet():
+            with quiet():
                 pipeline.load_lora_weights(
                     str(file.parent), weight_name=file.name, adapter_name=name
                 )

@@ -15,8 +15,8 @@ GUIDANCE_SCALE = {"emoji": 4.0}
 MODULE_GROUPS = {
     "x": "cross-attention: attn2 q, k, v, out",
     "x-strict": "cross-attention: attn2 k, v",
-    "u": "all linear layers and convolutions but attn2, time_embedding and conv_out",
-    "all": "all linear layers and convolutions but time_embedding and conv_out",
+    "u": "all linear layers and convolutions but attn2, the outer embeddings and conv_out",
+    "all": "all linear layers and convolutions but the outer embeddings and conv_out",
 }
 
 
@@ -174,7 +174,7 @@ def _in_group(name: str, group: str) -> bool:
         return cross
     if group == "x-strict":
         return cross and name.endswith((".to_k", ".to_v"))
-    outer = name.startswith(("conv_out", "time_embedding"))
+    outer = name.startswith(("conv_out", "time_embedding", "add_embedding"))  # the last is SDXL's
     return not outer and (group == "all" or not cross)
 
 

@@ -17,3 +17,9 @@ LATENTS = Registry(
         ),
     },
 )
+
+# Named, not imported: training knows of a probe only that it can be opened and asked.
+PROBES = Registry(
+    "probe",
+    {"suite": Entry("expunge.eval.probe:Probe", "pictures of an evaluation suite, judged")},
+)

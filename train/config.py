@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from expunge.concepts import Concept
-from expunge.train import LATENTS
+from expunge.train import LATENTS, PROBES
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
 from expunge.train.sight import Gate
@@ -83,6 +83,9 @@ class TrainConfig:
     checkpoint_every: int = field(default=50, metadata={"help": "steps; 0 keeps none"})
     keep_checkpoints: int = 2
     validation: Validation = field(default_factory=Validation)
+    probe: Annotated[Any, PROBES] | None = field(
+        default=None, metadata={"help": "erased and kept so far, judged during training"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "throw earlier results away"})
 

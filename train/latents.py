@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from expunge import prediction
 from expunge.conditioning import Conditioning
 from expunge.train.memory import Batch, Memory, Pair, Request
 from expunge.train.predictions import Inputs, Networks
+from expunge.train.share import Share
 
 Shape = tuple[int, int, int]
 
@@ -27,6 +28,7 @@ class Maker:
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
         vae: The model's autoencoder, for who makes latents of pictures.
+        share: What of a batch this process makes.
     """
 
     networks: Networks
@@ -34,6 +36,7 @@ class Maker:
     neutral: str
     shape: Shape
     vae: Any = None
+    share: Share = field(default_factory=Share)
 
 
 class Source(Protocol):
@@ -42,12 +45,12 @@ class Source(Protocol):
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> Batch:
-        """What was made.
+        """This process's share of what was made.
 
         Args:
-            ask: What is wanted; every call may answer anew.
+            ask: What is wanted of all processes together; every call may answer anew.
             maker: Who makes it.
-            generator: On the CPU; all randomness comes from it.
+            generator: On the CPU; all randomness comes from it, the same on every process.
             draw: Number of the batch.
         """
         ...
@@ -82,9 +85,12 @@ class Rollout:
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> Batch:
         """Exactly what is asked for."""
-        request = ask()
+        whole = ask()
+        request, rows = whole.of(maker.share), maker.share.rows(*whole.sizes)
         embeddings, null = maker.embed(request.made_with), maker.embed([maker.neutral])
-        x_t, t = self.draw(maker.networks, embeddings, null, maker.shape, generator)
+        x_t, t = self.draw(
+            maker.networks, embeddings, null, maker.shape, generator, rows, sum(whole.sizes)
+        )
         return Batch(request, x_t, t)
 
     @torch.no_grad()
@@ -95,6 +101,8 @@ class Rollout:
         null: Conditioning,
         shape: Shape,
         generator: torch.Generator,
+        rows: list[int] | None = None,
+        total: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_t (B, C, h, w) and t (B,) for B prompts, on the embeddings' device.
 
@@ -104,16 +112,20 @@ class Rollout:
             null: The prompt of the unconditional prediction, one sample.
             shape: (C, h, w).
             generator: On the CPU; all randomness comes from it.
+            rows: Which samples the prompts are of a batch of `total`; default: they are all.
+            total: How many are drawn for.
         """
-        batch, device = len(embeddings), embeddings.states.device
+        device = embeddings.states.device
+        total = len(embeddings) if total is None else total
+        rows = list(range(total)) if rows is None else rows
         scheduler = ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
-        x_t = torch.randn((batch, *shape), generator=generator).to(device)
+        x_t = torch.randn((total, *shape), generator=generator)[rows].to(device)
         for state in trajectory(self, networks, scheduler, x_t, embeddings, null, k):
             x_t = state.after
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
-        return x_t, torch.randint(low, high, (batch,), generator=generator).to(device)
+        return x_t, torch.randint(low, high, (total,), generator=generator)[rows].to(device)
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ class Bank:
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> Batch:
-        """As many samples as are asked for, from the bank."""
+        """This process's share of as many samples as are asked for, from the bank of all."""
         request = ask()
         if draw % self.how.refresh == 0 or not self.latents:
             self._fill(request, ask, maker, generator)
@@ -175,7 +187,8 @@ class Bank:
         places: dict[str, Tensor] = {}
         for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
             stored = max(1, len(self.latents[kind]))
-            places[kind] = torch.randint(stored, (len(pairs),), generator=generator)
+            drawn = torch.randint(stored, (len(pairs),), generator=generator)
+            places[kind] = drawn[maker.share.rows(len(pairs))]
             chosen[kind] = [self.prompts[kind][i // self.how.steps] for i in places[kind].tolist()]
         x_t, t = (
             torch.cat([of[kind][places[kind]] for kind in ("erased", "retained")])
@@ -192,19 +205,20 @@ class Bank:
         maker: Maker,
         generator: torch.Generator,
     ) -> None:
-        how, requests = self.how, [request]
-        size, n = len(request.made_with), len(request.erased)
+        how, requests, share = self.how, [request], maker.share
+        size, (n, _) = len(request.made_with), request.sizes
         while len(requests) * size < how.rollouts:
             requests.append(ask())
         null, rolled = maker.embed([maker.neutral]), []
         for part in requests:
             scheduler = ddim(maker.networks.scheduler, how.steps)
             scheduler.timesteps += _shift(scheduler, generator)
-            embeddings = maker.embed(part.made_with)
+            # The rollouts are shared among the processes, and then every one has them all.
+            embeddings = maker.embed(part.of(share).made_with)
             noise = torch.randn((size, *maker.shape), generator=generator)
-            noise = noise.to(embeddings.states.device)
+            noise = noise[share.rows(*part.sizes)].to(embeddings.states.device)
             steps = trajectory(how, maker.networks, scheduler, noise, embeddings, null, how.steps)
-            rolled.append(_stack(list(steps)))
+            rolled.append([share.gather(x, *part.sizes).cpu() for x in _stack(list(steps))])
         pairs = {
             "erased": [pair for part in requests for pair in part.erased],
             "retained": [pair for part in requests for pair in part.retained],
@@ -258,9 +272,9 @@ class _State:
 
 
 def _stack(states: list[_State]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t (B, K, C, h, w), t (B, K), predictions without and with the prompt, on the CPU."""
+    """x_t (B, K, C, h, w), t (B, K), predictions without and with the prompt."""
     x_t, t, e0, e = (
-        torch.stack([getattr(state, name) for state in states], 1).cpu()
+        torch.stack([getattr(state, name) for state in states], 1)
         for name in ("before", "t", "e0", "e")
     )
     return x_t, t, e0, e

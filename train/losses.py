@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,13 +30,10 @@ class Losses:
         pipeline: The model.
         maker: Networks and embeddings.
         latents: Where x_t comes from.
-        process: Of how many; each draws its own.
     """
 
-    def __init__(
-        self, config: TrainConfig, pipeline: Any, maker: Maker, latents: Source, process: int
-    ) -> None:
-        self.config, self.maker, self.latents, self.process = config, maker, latents, process
+    def __init__(self, config: TrainConfig, pipeline: Any, maker: Maker, latents: Source) -> None:
+        self.config, self.maker, self.latents = config, maker, latents
         self.near = self._neighbours()
         # What is made of the teacher's predictions, and does not change either.
         self.derived: dict[str, Any] = {}
@@ -47,15 +45,18 @@ class Losses:
             self.derived["gate/concept"] = gate
 
     def __call__(self, draw: int) -> dict[str, Tensor]:
-        """The terms of one micro-batch; `draw` alone decides what is drawn."""
+        """The terms of this process's share of a micro-batch; `draw` decides what is drawn."""
         config, objective, concept = self.config, self.config.objective, self.config.concept
-        # Nothing is carried over from draw to draw, so that a resumed run is exact.
-        rng = random.Random(f"{config.seed}/{draw}/{self.process}")
+        # Nothing is carried over from draw to draw, so that a resumed run is exact; every process
+        # draws the whole batch, so that their number changes nothing.
+        rng = random.Random(f"{config.seed}/{draw}/0")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        count = self.maker.share.count
+        keep = replace(config.preserve, batch_size=count * config.preserve.batch_size)
 
         def ask() -> Request:
-            erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-            return Request(erased, config.preserve.prompts(concept, rng, self.near))
+            erased = [objective.prompts(concept, rng) for _ in range(count * config.batch_size)]
+            return Request(erased, keep.prompts(concept, rng, self.near))
 
         batch = self.latents.batch(ask, self.maker, generator, draw)
         names = list(objective.needs)

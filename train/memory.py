@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge.train.share import Share
+
 Pair = tuple[str, str]
 
 
@@ -23,6 +25,18 @@ class Request:
 
     erased: list[Pair]
     retained: list[Pair]
+
+    def of(self, share: Share) -> Request:
+        """What of it is one process's."""
+        erased, retained = (
+            [pairs[i] for i in share.rows(len(pairs))] for pairs in (self.erased, self.retained)
+        )
+        return Request(erased, retained)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many are erased and how many retained."""
+        return len(self.erased), len(self.retained)
 
     @property
     def made_with(self) -> list[str]:

@@ -77,7 +77,7 @@ class Pictures:
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
     ) -> Batch:
-        """As many samples as are asked for, noised anew."""
+        """This process's share of as many samples as are asked for, noised anew."""
         request = ask()
         if not self.latents:
             self._draw(request, ask, maker, generator)
@@ -89,11 +89,13 @@ class Pictures:
             chosen[kind] = [own[j] for j in i.tolist()] if own else pairs
             parts.append(stored[i])
         scheduler, device = maker.networks.scheduler, maker.networks.unet.device
-        x0, n = torch.cat(parts), len(request.erased)
-        ε = torch.randn(x0.shape, generator=generator)
+        x0, mine = torch.cat(parts), maker.share.rows(*request.sizes)
+        ε = torch.randn(x0.shape, generator=generator)[mine]
         t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
-        x_t = prediction.noised(x0, ε, prediction.alpha_bar(scheduler, t))
-        batch = Batch(Request(**chosen), x_t.to(device), t.to(device))
+        t = t[mine]
+        x_t = prediction.noised(x0[mine], ε, prediction.alpha_bar(scheduler, t))
+        batch = Batch(Request(**chosen).of(maker.share), x_t.to(device), t.to(device))
+        n = len(batch.request.erased)
         batch.keep("noise/made", torch.arange(n), ε[:n])
         return batch
 
@@ -115,14 +117,15 @@ class Pictures:
         for part in requests:
             if not part.made_with:
                 continue
-            embeddings = maker.embed(part.made_with)
-            x = torch.randn((len(embeddings), *maker.shape), generator=generator)
-            x = x.to(maker.networks.unet.device)
+            # Shared among the processes, and then every one has them all.
+            embeddings = maker.embed(part.of(maker.share).made_with)
+            x = torch.randn((sum(part.sizes), *maker.shape), generator=generator)
+            x = x[maker.share.rows(*part.sizes)].to(maker.networks.unet.device)
             for state in trajectory(
                 self.how, maker.networks, scheduler, x, embeddings, null, self.how.steps
             ):
                 x = state.after
-            drawn.append((len(part.erased), x.cpu()))
+            drawn.append((len(part.erased), maker.share.gather(x, *part.sizes).cpu()))
         nothing = torch.zeros(0, *maker.shape)
         self.latents = {
             "erased": torch.cat([nothing, *(x[:n] for n, x in drawn)]),

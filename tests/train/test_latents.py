@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 
 from expunge import adapters, backbones
 from expunge.conditioning import Conditioning, condition
-from expunge.train.latents import Bank, Maker, Replay, Rollout, _ddim, _shift
+from expunge.train.latents import Bank, Maker, Replay, Rollout, _shift, ddim
 from expunge.train.memory import Request
 from expunge.train.predictions import Inputs, Networks
 
@@ -197,7 +197,7 @@ def test_what_the_student_says_is_not_remembered_as_the_teachers(tiny_sd1) -> No
 def test_grids_are_shifted_over_all_timesteps(tiny_sd1, spacing, steps) -> None:
     nets = networks(tiny_sd1)
     nets.scheduler = DDIMScheduler.from_config(nets.scheduler.config, timestep_spacing=spacing)
-    scheduler = _ddim(nets.scheduler, steps)
+    scheduler = ddim(nets.scheduler, steps)
     seen = set()
     for seed in range(300):
         shifted = scheduler.timesteps + _shift(scheduler, torch.Generator().manual_seed(seed))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import UserError
+from expunge.low_rank import nearest
 
 
 class Fitter:
@@ -73,22 +74,8 @@ class Edit:
         return W.double().cpu() @ self.P @ self.Q
 
     def lora(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-        """B (O, rank), A (rank, D) with B A nearest to ΔW, and ‖ΔW − B A‖ / ‖ΔW‖.
-
-        By the singular values of the small matrix between two orthogonal bases, so that it costs
-        the same for any width.
-        """
-        left, R = torch.linalg.qr(W.double().cpu() @ self.P)
-        right, S = torch.linalg.qr(self.Q.T)
-        U, σ, V = torch.linalg.svd(R @ S.T, full_matrices=False)
-        r = min(rank, len(σ))
-        root = σ[:r].sqrt()
-        B, A = left @ U[:, :r] * root, root[:, None] * (V[:r] @ right.T)
-        lost = σ[r:].square().sum().sqrt() / σ.square().sum().sqrt().clamp(min=1e-300)
-        if r < rank:
-            B = torch.cat([B, B.new_zeros(len(B), rank - r)], 1)
-            A = torch.cat([A, A.new_zeros(rank - r, A.shape[1])])
-        return B, A, float(lost)
+        """B (O, rank), A (rank, D) with B A nearest to ΔW, and ‖ΔW − B A‖ / ‖ΔW‖."""
+        return nearest(W.double().cpu() @ self.P, self.Q, rank)
 
     def save(self, file: Path) -> None:
         """As safetensors, exactly."""
