@@ -1,5 +1,7 @@
 """What an objective asks for is what it is given: prompts in their sentences, embeddings, noise."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,12 +11,14 @@ from expunge.conditioning import Conditioning, condition
 from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Replay
 from expunge.train.losses import Losses
+from expunge.train.memory import Batch, Request
 from expunge.train.noised import Noised
 from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.slider import Slider
 from expunge.train.objectives.spm import Spm
 from expunge.train.predictions import Networks
+from expunge.train.share import Share
 from expunge.train.sight import Gate
 
 INK = Concept(targets=["a bomb"], templates=["{} in ink style"], anchor="a balloon")
@@ -37,7 +41,7 @@ def losses_of(folder: str, objective, latents=BANK) -> tuple[Losses, set[str]]:
     config = TrainConfig(
         output_dir="x", concept=INK, objective=objective, latents=latents, batch_size=2
     )
-    return Losses(config, pipeline, maker, latents.open(), 0), read
+    return Losses(config, pipeline, maker, latents.open()), read
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,22 @@ def test_embeddings_drawn_anew_are_not_remembered(shape, request) -> None:
         one, other = held(draw)["erase"], free(draw)["erase"]
         assert other > 0
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_embeddings_do_not_depend_on_the_number_of_processes(tiny_sd1) -> None:
+    """What two processes draw together is what one draws for both."""
+
+    def drawn(share: Share) -> torch.Tensor:
+        losses, _ = losses_of(tiny_sd1, Spm())
+        losses.maker = dataclasses.replace(losses.maker, share=share)
+        rows = share.rows(4)
+        request = Request([("a bomb", "a bomb")] * len(rows), [])
+        batch = Batch(request, torch.zeros(len(rows), 4, 8, 8), torch.zeros(len(rows)))
+        return losses._embeddings(batch, torch.Generator().manual_seed(3))["near"].states
+
+    alone = drawn(Share())
+    assert torch.equal(alone, torch.cat([drawn(Share(i, 2)) for i in range(2)]))
+    assert not torch.allclose(alone[0], alone[1])
 
 
 def test_an_anchor_is_what_ablation_begins_with(tiny_sd1) -> None:
