@@ -89,8 +89,17 @@ class Losses:
         """What the objective asks for besides prompts."""
         if not isinstance(self.config.objective, Embedder):
             return {}
-        concept = self.maker.embed([prompt for _, prompt in batch.request.erased])
-        return self.config.objective.embeddings(concept, generator)
+        concept, share = [prompt for _, prompt in batch.request.erased], self.maker.share
+        # Each sample has its own generator, so that the number of processes changes nothing.
+        total = share.count * len(concept)
+        seeds = torch.randint(2**62, (total,), generator=generator)[share.rows(total)]
+        parts = [
+            self.config.objective.embeddings(
+                self.maker.embed([prompt]), torch.Generator().manual_seed(seed)
+            )
+            for prompt, seed in zip(concept, seeds.tolist(), strict=True)
+        ]
+        return {name: Conditioning.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _found(
         self, names: list[str], batch: Batch, drawn: dict[str, Conditioning]

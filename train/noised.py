@@ -163,6 +163,9 @@ def encode(picture: Tensor, maker: Maker) -> Tensor:
     ).clamp(-1, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     picture = picture[:, :, top : top + height, left : left + width]
-    z: Tensor = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode()
-    shift = vae.config.get("shift_factor") or 0.0
-    return ((z - shift) * vae.config.scaling_factor).float().cpu()
+    z: Tensor = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    z = z - (vae.config.get("shift_factor") or 0.0)
+    if vae.config.get("latents_mean") is not None:  # some SDXL models centre each channel
+        μ, σ = (torch.tensor(vae.config[key]) for key in ("latents_mean", "latents_std"))
+        z = (z - μ.view(1, -1, 1, 1)) / σ.view(1, -1, 1, 1)
+    return z * vae.config.scaling_factor

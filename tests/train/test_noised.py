@@ -1,5 +1,7 @@
 """Pictures with noise on them: whose they are, at which noise, and that the noise is told."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -7,6 +9,7 @@ from PIL import Image
 
 from expunge import adapters, backbones, prediction
 from expunge.conditioning import Conditioning, condition
+from expunge.decoding.autoencoders import from_pipeline
 from expunge.errors import UserError
 from expunge.pictures import save_png, to_pil
 from expunge.train.latents import Maker
@@ -146,6 +149,22 @@ def test_pictures_of_another_size_cover_and_are_cut(tiny_sd1) -> None:
     torch.testing.assert_close(encode(wide, maker), encode(small, maker), atol=1e-5, rtol=1e-4)
     grey = torch.full((3, 40, 24), 0.25)
     torch.testing.assert_close(encode(grey, maker), encode(torch.full((3, 16, 16), 0.25), maker))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [{}, {"shift_factor": 0.3}, {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0] * 4}],
+)
+def test_a_picture_comes_back_as_decoders_read_latents(tiny_sd1, scale) -> None:
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    pipeline.vae.register_to_config(**scale)
+    maker = dataclasses.replace(maker_of(tiny_sd1), vae=pipeline.vae)
+    picture = torch.rand(3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z = pipeline.vae.encode(picture[None]).latent_dist.mode()
+        expected = pipeline.vae.decode(z).sample
+        decoded = from_pipeline(pipeline)(encode(picture, maker))
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path) -> None:

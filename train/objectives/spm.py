@@ -34,7 +34,8 @@ def latent_anchors(c: Tensor, generator: torch.Generator) -> Tensor:
                 break
         directions.append(a / a.norm())
     lengths = (0.8 + 0.4 * torch.rand(len(flat), generator=generator)) * flat.norm(dim=1)
-    return (lengths[:, None] * torch.stack(directions)).view(c.shape).to(c)
+    anchors: Tensor = lengths[:, None] * torch.stack(directions)
+    return anchors.view(c.shape).to(c)
 
 
 @dataclass(frozen=True)
