@@ -20,9 +20,11 @@ from tqdm import tqdm
 from expunge import adapters, backbones
 from expunge.conditioning import Conditioning, condition
 from expunge.errors import UserError
+from expunge.train import memory
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.config import TrainConfig
 from expunge.train.latents import Maker, Request
+from expunge.train.memory import Lender
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.preserve import nearest
 from expunge.train.share import Share
@@ -77,12 +79,16 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        self.embeddings = _Embeddings(pipeline)
+        # The VAE is needed for pictures alone, unless the objective looks at some itself.
+        resting = [p for name, p in pipeline.components.items() if name.startswith("text_encoder")]
+        if "guided/concept" not in objective.needs:
+            resting.append(pipeline.vae)
+        lender = Lender(resting if config.offload else [], accelerator.device)
+        self.pictures = lender.lent
+        self.embeddings = _Embeddings(pipeline, lender)
         self.near = self._neighbours()
         self.shape = backbones.latent_shape(pipeline)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = memory.optimizer(config, self.parameters)
         self.schedule = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -93,6 +99,11 @@ class Trainer:
         if objective.ema_decay:
             self.ema = EMAModel(self.parameters, decay=objective.ema_decay, use_ema_warmup=True)
             self.ema.to(accelerator.device)
+        if config.compile:
+            memory.compile_blocks(unet)
+        if accelerator.state.deepspeed_plugin is not None:  # it looks for a data loader otherwise
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = config.batch_size
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.share = Share(accelerator.process_index, accelerator.num_processes)
@@ -111,6 +122,20 @@ class Trainer:
         self.checkpoints = Checkpoints(
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
         )
+        if config.compile:
+            with memory.compiler_needed():
+                self._warm()
+
+    def _warm(self) -> None:
+        """Compile for the adapter off and on before anything is written or timed."""
+        samples = sum(self.progress.batch) // self.share.count
+        x_t = torch.zeros(samples, *self.shape, device=self.accelerator.device)
+        null = self.embeddings([self.config.concept.neutral]).expand(samples)
+        inputs = Inputs(x_t, x_t.new_zeros(samples).long(), null)
+        found = self.networks.predict({"teacher/null": inputs, "student/null": inputs})
+        self.accelerator.backward(found["student/null"].mean())
+        self.optimizer.zero_grad()
+        self.networks.forwards.update(dict.fromkeys(self.networks.forwards, 0))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -252,18 +277,20 @@ class Trainer:
 
 
 class _Embeddings:
-    """What the UNet is told of a prompt, each encoded once."""
+    """What the UNet is told of a prompt, each encoded once and kept on the CPU."""
 
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, encoders: Lender):
+        self.pipeline, self.encoders = pipeline, encoders
         self.known: dict[str, Conditioning] = {}
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Of B prompts."""
         if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = condition(self.pipeline, new)
+            with self.encoders.lent():
+                encoded = condition(self.pipeline, new).to("cpu")
             self.known.update({p: encoded[i : i + 1] for i, p in enumerate(new)})
-        return Conditioning.cat([self.known[prompt] for prompt in prompts])
+        found = Conditioning.cat([self.known[prompt] for prompt in prompts])
+        return found.to(self.pipeline.unet.device)
 
 
 def peak_memory_bytes() -> int:
