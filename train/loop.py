@@ -135,7 +135,7 @@ class Trainer:
         found = self.networks.predict({"teacher/null": inputs, "student/null": inputs})
         self.accelerator.backward(found["student/null"].mean())
         self.optimizer.zero_grad()
-        self.networks.forwards.update(dict.fromkeys(self.networks.forwards, 0))
+        self.networks.forwards = Counter(dict.fromkeys(self.networks.forwards, 0))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -224,7 +224,8 @@ class Trainer:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                    sums["grad_norm"] = float(norm)
+                    if norm is not None:  # DeepSpeed knows it a step late
+                        sums["grad_norm"] = float(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in zip(terms, values.tolist(), strict=True):

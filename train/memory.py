@@ -21,8 +21,20 @@ DTYPES = {
 RECOMPILATIONS = 64  # widths × adapter on or off × with or without gradient; torch's 8 is too few
 
 
-def refuse(config: TrainConfig, device: torch.device) -> None:
-    """Raise where this machine lacks what the configuration asks for, before anything is loaded."""
+def refuse(config: TrainConfig, device: torch.device, distribution: str = "NO") -> None:
+    """Raise where this machine or its launcher cannot do what is asked, before anything is loaded.
+
+    Args:
+        config: What is asked.
+        device: The accelerator.
+        distribution: Accelerate's name of how processes work together.
+    """
+    if distribution in ("FSDP", "MEGATRON_LM", "XLA"):
+        # They cut weights into pieces; teacher, average and export here read them whole.
+        raise UserError(
+            f"got accelerate's {distribution}; allowed: one process, DDP (MULTI_GPU, MULTI_CPU) or "
+            "DEEPSPEED up to ZeRO-2; say --config_file configs/accelerate/multi_gpu.yaml"
+        )
     eight, four = config.optimizer == "adamw8bit", config.base_precision == "nf4"
     if not (eight or four):
         return

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> Path:
             f"got mixed_precision {config.mixed_precision} ({error}); allowed on this machine: no, "
             "and bf16 where its processor has it"
         ) from error
-    memory.refuse(config, accelerator.device)
+    memory.refuse(config, accelerator.device, accelerator.distributed_type.value)
     with together(accelerator.num_processes):
         _erase(config, accelerator, folder)
     accelerator.end_training()

@@ -121,6 +121,11 @@ def test_what_this_machine_lacks_is_said_first(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_launcher_that_cuts_weights_into_pieces_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"got accelerate's FSDP; .*multi_gpu\.yaml"):
+        memory.refuse(config("emoji", tmp_path), GPU, "FSDP")
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
