@@ -51,8 +51,19 @@ def resolve(model: str) -> str:
     )
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantisation: Any = None,
+) -> Any:
     """The text-to-image pipeline of a model, from safetensors files only.
+
+    Args:
+        model: `emoji`, a folder, a hub id.
+        dtype: Of the weights.
+        device: Where they are.
+        quantisation: A `PipelineQuantizationConfig` of diffusers; what it leaves out has `dtype`.
 
     Raises:
         UserError: The model is missing, broken, offers only pickles, or is of another family.
@@ -70,6 +81,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+    # A quantised network can be told its precision only while it is loaded.
+    reduced = {"quantization_config": quantisation, "torch_dtype": dtype} if quantisation else {}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             where,
@@ -77,6 +90,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **reduced,
         )
     except (
         OSError,
@@ -106,7 +120,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             "cuda, mps, as far as this machine has them"
         ) from error
     # Only where it is not so already: diffusers warns of every cast.
-    if any(getattr(part, "dtype", dtype) != dtype for part in pipeline.components.values()):
+    dtypes = {getattr(part, "dtype", dtype) for part in pipeline.components.values()}
+    if dtypes != {dtype} and not quantisation:
         pipeline.to(dtype)
     return pipeline
 

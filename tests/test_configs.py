@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from expunge.configuration import dump, load, parse, shipped
+from expunge.errors import UserError
 from expunge.train.config import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
+ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 def test_there_are_some_and_they_are_listed() -> None:
@@ -41,3 +43,20 @@ def test_the_emoji_configurations_preserve_all_but_the_target(name) -> None:
     # Another target from the command line takes the first one's place.
     config = parse(TrainConfig, [*arguments, "--concept.targets", '["a cigarette"]'])
     assert set(config.concept.retained()) == phrases - {"a cigarette"} | {""}
+
+
+@pytest.mark.parametrize("file", ACCELERATE, ids=lambda file: file.name)
+def test_a_configuration_of_the_launcher(file) -> None:
+    """Accelerate itself reads it, and nobody takes it for a training."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    header = file.read_text().split("\ncompute_environment:")[0]
+    assert f"Launch: accelerate launch --config_file configs/accelerate/{file.name} " in header
+    found = load_config_from_file(str(file))
+    assert found.num_processes == 2
+    assert found.num_machines == 1
+    expected = {"two_cpu": "MULTI_CPU", "multi_gpu": "MULTI_GPU", "deepspeed_zero2": "DEEPSPEED"}
+    assert found.distributed_type.value == expected[file.stem]
+    assert not any(name.startswith("accelerate/") for name in shipped())
+    with pytest.raises(UserError, match="configuration file"):
+        parse(TrainConfig, ["--config", f"accelerate/{file.name}", "--output_dir", "x"])

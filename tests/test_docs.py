@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from expunge.configuration import load
 from expunge.eval.suite import load_suite
+from expunge.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,6 +74,22 @@ def test_the_index_of_samplers_runs(tmp_path) -> None:
     for block in blocks(page, "python"):
         done = run([sys.executable, "-c", block], tmp_path)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_page_on_training_runs(tmp_path) -> None:
+    page = ROOT / "docs" / "training.md"
+    for name in ("configs", "train_erase.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for line in command_lines(page):
+        done = run(shlex.split(f"{line} {QUICK['accelerate launch']}"), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_the_settings_of_the_page_on_training_go_together(tmp_path) -> None:
+    (block,) = blocks(ROOT / "docs" / "training.md", "yaml")
+    (tmp_path / "small.yaml").write_text(f"{block}concept: {{targets: [a bomb]}}\noutput_dir: x\n")
+    assert load(TrainConfig, tmp_path / "small.yaml").base_precision == "nf4"
 
 
 def test_the_suite_of_the_docs_plans_its_pictures(tmp_path) -> None:

@@ -85,6 +85,17 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = field(
+        default="adamw", metadata={"help": "adamw8bit needs a GPU and bitsandbytes"}
+    )
+    base_precision: Literal["fp32", "fp16", "bf16", "nf4"] = field(
+        default="fp32",
+        metadata={"help": "of the frozen weights, the LoRA is fp32; nf4 needs a GPU, bitsandbytes"},
+    )
+    offload: bool = field(
+        default=False, metadata={"help": "text encoders and VAE on the CPU while they rest"}
+    )
+    compile: bool = field(default=False, metadata={"help": "compile the UNet's transformer blocks"})
     seed: int = 0
     checkpoint_every: int = field(default=50, metadata={"help": "steps; 0 keeps none"})
     keep_checkpoints: int = 2
@@ -105,6 +116,16 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
+        if self.base_precision == "fp16" and self.mixed_precision != "fp16":
+            raise ValueError(
+                f"got base_precision fp16 with mixed_precision {self.mixed_precision}; allowed: "
+                "fp16, whose loss scaling keeps small gradients; or say base_precision bf16"
+            )
+        if self.base_precision != "fp32" and hasattr(self.objective, "fit"):
+            raise ValueError(
+                f"got base_precision {self.base_precision} with an objective in closed form, which "
+                "solves for the weights themselves; allowed: fp32"
+            )
         if getattr(self.latents, "source", None) == "ema" and not self.objective.ema_decay:
             raise ValueError(
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "

@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from expunge import adapters, backbones
 from expunge.errors import UserError
+from expunge.train import footprint
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
+from expunge.train.footprint import Lender
 from expunge.train.latents import Maker
 from expunge.train.losses import Embeddings, Losses
-from expunge.train.predictions import Networks
+from expunge.train.predictions import Inputs, Networks
 from expunge.train.share import Share
 
 
@@ -86,9 +88,9 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        lender = Lender(self._resting() if config.offload else [], accelerator.device)
+        self.pictures = lender.lent
+        self.optimizer = footprint.optimizer(config, self.parameters)
         self.schedule = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -99,6 +101,11 @@ class Trainer:
         if objective.ema_decay:
             self.ema = EMAModel(self.parameters, decay=objective.ema_decay, use_ema_warmup=True)
             self.ema.to(accelerator.device)
+        if config.compile:
+            footprint.compile_blocks(unet)
+        if accelerator.state.deepspeed_plugin is not None:  # it looks for a data loader otherwise
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = config.batch_size
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.share = Share(accelerator.process_index, accelerator.num_processes)
@@ -106,15 +113,15 @@ class Trainer:
         batch = config.batch_size * self.share.count, retained * self.share.count
         self.progress = Progress(base=base, batch=batch)
         self.latents = config.latents.open()
-        maker = Maker(
+        self.maker = Maker(
             self.networks,
-            Embeddings(pipeline),
+            Embeddings(pipeline, lender),
             config.concept.neutral,
             backbones.latent_shape(pipeline),
             pipeline.vae,
             self.share,
         )
-        self.losses = Losses(config, pipeline, maker, self.latents)
+        self.losses = Losses(config, pipeline, self.maker, self.latents)
         losses = self.losses
         kept = (
             self.schedule, self.progress, self.ema, self.latents, losses.turns, losses.attack,
@@ -123,6 +130,27 @@ class Trainer:
         self.checkpoints = Checkpoints(
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
         )
+        if config.compile:
+            with footprint.compiler_needed():
+                self._warm()
+
+    def _warm(self) -> None:
+        """Compile for the adapter off and on before anything is written or timed."""
+        samples = sum(self.progress.batch) // self.share.count
+        x_t = torch.zeros(samples, *self.maker.shape, device=self.accelerator.device)
+        null = self.maker.embed([self.config.concept.neutral]).expand(samples)
+        inputs = Inputs(x_t, x_t.new_zeros(samples).long(), null)
+        found = self.networks.predict({"teacher/null": inputs, "student/null": inputs})
+        self.accelerator.backward(found["student/null"].mean())
+        self.optimizer.zero_grad()
+        self.networks.forwards = Counter(dict.fromkeys(self.networks.forwards, 0))
+
+    def _resting(self) -> list[Any]:
+        """What is needed now and then only: text encoders, and for pictures the autoencoder."""
+        config, parts = self.config, self.pipeline.components
+        found = [] if config.robust else [p for n, p in parts.items() if n.startswith("text_enc")]
+        looks = "guided/concept" in config.objective.needs or config.gate
+        return found if looks else [*found, self.pipeline.vae]
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -189,7 +217,7 @@ class Trainer:
         accelerator, progress = self.accelerator, self.progress
         done = torch.zeros(1, device=accelerator.device)
         if accelerator.is_main_process:
-            with self.networks.averaged():
+            with self.networks.averaged(), self.pictures():
                 rates = self.probe()
             cost = {"unet_forwards": sum(progress.forwards.values()), "seconds": progress.seconds}
             progress.probes[str(progress.step)] = rates | cost
@@ -225,7 +253,8 @@ class Trainer:
                     self.losses.attack.climb(lambda g: accelerator.reduce(g, "mean"))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                    sums["grad_norm"] = float(norm)
+                    if norm is not None:  # DeepSpeed knows it a step late
+                        sums["grad_norm"] = float(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in zip(terms, values.tolist(), strict=True):

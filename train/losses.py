@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expunge.conditioning import Conditioning, condition
 from expunge.train.config import TrainConfig
+from expunge.train.footprint import Lender
 from expunge.train.latents import Maker, Source
 from expunge.train.memory import Batch, Request
 from expunge.train.objectives.base import Embedder, mse
@@ -176,15 +177,22 @@ class Losses:
 
 
 class Embeddings:
-    """What the UNet is told of a prompt, each encoded once."""
+    """What the UNet is told of a prompt, each encoded once and kept on the CPU.
 
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
+    Args:
+        pipeline: Whose text encoders read.
+        encoders: Brings them where they are needed.
+    """
+
+    def __init__(self, pipeline: Any, encoders: Lender) -> None:
+        self.pipeline, self.encoders = pipeline, encoders
         self.known: dict[str, Conditioning] = {}
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Of B prompts."""
         if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = condition(self.pipeline, new)
+            with self.encoders.lent():
+                encoded = condition(self.pipeline, new).to("cpu")
             self.known.update({p: encoded[i : i + 1] for i, p in enumerate(new)})
-        return Conditioning.cat([self.known[prompt] for prompt in prompts])
+        found = Conditioning.cat([self.known[prompt] for prompt in prompts])
+        return found.to(self.pipeline.unet.device)

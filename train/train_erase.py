@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     from expunge import adapters
     from expunge.errors import UserError
     from expunge.results import fresh_output_dir
+    from expunge.train import footprint
     from expunge.train.launch import together
 
     folder = Path(config.output_dir)
@@ -65,6 +66,7 @@ def train(config: TrainConfig) -> Path:
             f"got mixed_precision {config.mixed_precision} ({error}); allowed on this machine: no, "
             "and bf16 where its processor has it"
         ) from error
+    footprint.refuse(config, accelerator.device, accelerator.distributed_type.value)
     with together(accelerator.num_processes):
         _erase(config, accelerator, folder)
     accelerator.end_training()
@@ -75,11 +77,12 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge import backbones
     from expunge.configuration import dump
     from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
+    from expunge.train import footprint
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
     from expunge.train.objectives.base import ClosedForm
 
-    pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
+    pipeline = footprint.load(config, accelerator.device)
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
 
@@ -202,7 +205,7 @@ def _validate(trainer: Trainer, folder: Path, step: int) -> None:
         return
     import numpy as np
 
-    with trainer.networks.averaged():
+    with trainer.networks.averaged(), trainer.pictures():
         sheet = _save_sheet(trainer.config, trainer.pipeline, folder, step)
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
