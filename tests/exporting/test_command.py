@@ -65,6 +65,11 @@ def test_what_is_told_and_recorded(to, tiny_sd1, make_lora, tmp_path, capsys) ->
     assert "Limits" in card
     assert ("can be unloaded" in card) == (to != "merged")
     assert str(Path(tiny_sd1).parent) not in card
+    # Files that others may read, as any other that is written here.
+    (tmp_path / "plain").touch()
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in record["files"]}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+    (tmp_path / "plain").unlink()
     # Nothing else, beside it or in it.
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -110,6 +115,18 @@ def test_several_are_their_exact_sum(to, tiny_sd1, make_lora, in_place, latents,
         about = adapters.read_metadata(tmp_path / "out" / name)
         assert about["concept"] == {"name": "bomb and skull", "targets": ["a bomb", "a skull"]}
         assert [part["objective"] for part in about["merged_from"]] == ["esd", "esd"]
+
+
+def test_a_file_of_others_whose_words_mean_nothing(tiny_sd1, make_lora, tmp_path) -> None:
+    """Another program may use the same key of the header for anything that is an object."""
+    about = {"concept": "bombs", "objective": None, "model": 7, "base_sha256": []}
+    lora = make_lora(tiny_sd1, about=about)
+    record = export("kohya", tmp_path / "out", lora, more=("--model", tiny_sd1))
+    assert record["verified"]["prompts"] == ["a photo", ""]
+    file = tmp_path / "out" / "erase-pytorch-lora-weights.safetensors"
+    said = adapters.read_metadata(file)
+    assert said["concept"] == {"name": "pytorch_lora_weights", "targets": []}
+    assert (said["objective"], said["model"]) == ("unknown", Path(tiny_sd1).name)
 
 
 def test_an_adapter_and_its_opposite_cancel_and_it_shows(tiny_sd1, make_lora, tmp_path) -> None:
@@ -287,6 +304,7 @@ def test_what_is_wrong_is_told_in_one_line(tiny_sd1, tiny_sd2, make_lora, tmp_pa
     lora, out = str(make_lora(tiny_sd1)), ("--output_dir", str(tmp_path / "out"))
     to = ("--to", "diffusers", *out)
     refused("does not exist", "--lora", str(tmp_path / "absent"), *to)
+    refused("each once", "--lora", lora, str(Path(lora).parent), *to)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(Path(lora).read_bytes()[:1000])
     refused("no readable safetensors", "--lora", str(broken), *to)
