@@ -291,5 +291,6 @@ def _require_active(pipeline: Any, names: list[str]) -> None:
 
 
 def _networks(pipeline: Any) -> list[Any]:
-    networks = (getattr(pipeline, part, None) for part in ("unet", "text_encoder"))
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    networks = (getattr(pipeline, part, None) for part in parts)
     return [n for n in networks if getattr(n, "peft_config", None)]

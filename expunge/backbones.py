@@ -15,8 +15,8 @@ GUIDANCE_SCALE = {"emoji": 4.0}
 MODULE_GROUPS = {
     "x": "cross-attention: attn2 q, k, v, out",
     "x-strict": "cross-attention: attn2 k, v",
-    "u": "all linear layers and convolutions but attn2, time_embedding and conv_out",
-    "all": "all linear layers and convolutions but time_embedding and conv_out",
+    "u": "all linear layers and convolutions but attn2, the outer embeddings and conv_out",
+    "all": "all linear layers and convolutions but the outer embeddings and conv_out",
 }
 
 
@@ -59,7 +59,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
     """
     import diffusers
     import transformers
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import (
+        DiffusionPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
     from safetensors import SafetensorError
 
     where = resolve(model)
@@ -88,9 +92,10 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
             f"got model {model}, which cannot be loaded ({_first_line(error)}); allowed: a whole "
             "diffusers model with safetensors weights; check the folder or the network"
         ) from error
-    if not isinstance(pipeline, StableDiffusionPipeline):
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise UserError(
-            f"got model {model}, a {type(pipeline).__name__}; allowed: Stable Diffusion 1.x or 2.x"
+            f"got model {model}, a {type(pipeline).__name__}; allowed: Stable Diffusion 1.x, 2.x "
+            "or XL (its base, not its refiner)"
         )
     pipeline.set_progress_bar_config(disable=True)
     try:
@@ -138,9 +143,22 @@ def modules_of(unet: nn.Module, group: str) -> list[str]:
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: list[str]) -> Tensor:
-    """Text embeddings (B, T, D) of the prompts, as the pipeline itself makes them."""
-    embeddings: Tensor = pipeline.encode_prompt(prompts, pipeline.device, 1, False)[0]
-    return embeddings
+    """Text embeddings (B, T, D) of the prompts, which cross-attention reads."""
+    return encode(pipeline, prompts)[0]
+
+
+def encode(pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (B, T, D), and of SDXL the pooled ones (B, D'), as the pipeline makes them.
+
+    Of SDXL's two encoders D is the sum of the widths.
+    """
+    found = pipeline.encode_prompt(
+        prompts,
+        device=pipeline.unet.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    return found[0], found[2] if len(found) > 2 else None
 
 
 def latent_shape(pipeline: Any) -> tuple[int, int, int]:
@@ -156,7 +174,7 @@ def _in_group(name: str, group: str) -> bool:
         return cross
     if group == "x-strict":
         return cross and name.endswith((".to_k", ".to_v"))
-    outer = name.startswith(("conv_out", "time_embedding"))
+    outer = name.startswith(("conv_out", "time_embedding", "add_embedding"))  # the last is SDXL's
     return not outer and (group == "all" or not cross)
 
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from expunge import __version__
-from expunge.errors import UserError, unknown_name
+from expunge.errors import ProcessLost, UserError, unknown_name
 from expunge.registry import Entry, Registry
 
 VERBS = Registry(
@@ -70,8 +70,18 @@ def run(command: Command, argv: list[str]) -> int:
     try:
         return command(argv) or 0
     except UserError as error:
-        print(f"expunge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Input is the same for all processes of a run; the first one on a machine speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"expunge: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ProcessLost:
+        if "EXPUNGE_LAUNCHED" not in os.environ:  # else the one who watches them speaks
+            print(
+                "expunge: error: another process of this run has ended; the same command with "
+                "--resume true goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
+        return 1
     except KeyboardInterrupt:
         print("expunge: interrupted", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """A concept: what is to be erased, in words, and what must stay."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from expunge.errors import UserError
@@ -15,6 +16,7 @@ class Concept:
         targets: Texts that stand for the concept ("a bomb"); several are erased at once.
         templates: Sentences in which the targets are erased; ``{}`` is the target's place.
         anchor: The prompt that the concept is mapped to by objectives that have one.
+        anchors: Of each target its own, in their order; default: `anchor` for all.
         neutral: The prompt of the unconditional prediction.
         preserve: Prompts that must stay as they are.
     """
@@ -23,6 +25,7 @@ class Concept:
     targets: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=lambda: ["{}"])
     anchor: str = ""
+    anchors: list[str] = field(default_factory=list)
     neutral: str = ""
     preserve: list[str] = field(default_factory=list)
 
@@ -36,12 +39,40 @@ class Concept:
             raise UserError(
                 f"got templates {self.templates}; allowed: one text or more, each with one {{}}"
             )
+        if self.anchors and len(self.anchors) != len(self.targets):
+            raise UserError(
+                f"got {len(self.anchors)} anchors of {len(self.targets)} targets; allowed: one for "
+                "each target in their order, or none; say concept.anchor for one that suits all"
+            )
         if not self.name:
             object.__setattr__(self, "name", self.targets[0])
 
     def prompts(self) -> list[str]:
         """Every target in every template."""
         return [t.replace("{}", target) for target in self.targets for t in self.templates]
+
+    def anchor_of(self, target: str) -> str:
+        """What a target is mapped to."""
+        return self.anchors[self.targets.index(target)] if self.anchors else self.anchor
+
+    def anchored(self, prompt: str) -> str:
+        """The prompt with its anchor in the place of every target."""
+        return self._replaced(prompt, self.anchor_of)
+
+    def replaced(self, prompt: str, text: str) -> str:
+        """The prompt with a text in the place of every target that it names; it may be empty."""
+        return self._replaced(prompt, lambda target: text)
+
+    def _replaced(self, prompt: str, by: Callable[[str], str]) -> str:
+        longest_first = sorted(self.targets, key=len, reverse=True)
+        targets = "|".join(re.escape(target) for target in longest_first)
+        found = re.sub(rf"(?<!\w)(?:{targets})(?!\w)", lambda m: by(m.group()), prompt)
+        return " ".join(found.split())
+
+    def target_in(self, prompt: str) -> str | None:
+        """The target that a prompt names, the longest of several; None where it names none."""
+        longest_first = sorted(self.targets, key=len, reverse=True)
+        return next((target for target in longest_first if _mentions(prompt, target)), None)
 
     def retained(self) -> list[str]:
         """The prompts to preserve, less those that name a target: they cannot be both."""

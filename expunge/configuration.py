@@ -81,7 +81,7 @@ def shipped() -> dict[str, str]:
     while pending:
         prefix, folder = pending.pop()
         for item in folder.iterdir():
-            if item.is_dir():
+            if item.is_dir() and item.name != "accelerate":  # those are for its launcher
                 pending.append((f"{prefix}{item.name}/", item))
             elif item.name.endswith(".yaml"):
                 lines = item.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong."""
+"""Exceptions that end a command in one line: wrong input, or a process that was lost."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class ProcessLost(Exception):
+    """Another process of the same run has ended; the command line exits with status 1."""
 
 
 def nearest(got: object, allowed: Iterable[str]) -> str | None:

@@ -59,6 +59,12 @@ def to_x0(ε: Tensor, x_t: Tensor, ᾱ: Tensor) -> Tensor:
     return (x_t - b * ε) / a
 
 
+def noised(x0: Tensor, ε: Tensor, ᾱ: Tensor) -> Tensor:
+    """x_t = √ᾱ x_0 + √(1−ᾱ) ε."""
+    a, b = _coefficients(ᾱ, x0)
+    return a * x0 + b * ε
+
+
 def from_epsilon(ε: Tensor, x_t: Tensor, ᾱ: Tensor, kind: str) -> Tensor:
     """What a network of this kind would have predicted: the inverse of `to_epsilon`."""
     a, b = _coefficients(ᾱ, x_t)

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,13 +25,39 @@ def test_module_groups_of_a_unet(tiny_sd1) -> None:
     assert any("time_emb_proj" in name for name in groups["u"])
 
 
-def test_module_groups_of_the_full_sizes() -> None:
+def counted(blocks: int, transformers: int, resnets: int, shortcuts: int, samplers: int):
+    """Layers of each group, from how many parts of each kind the architecture has.
+
+    A transformer block has q, k, v and out twice and two layers of feed-forward, a transformer a
+    projection at either end, a residual block two convolutions and the projection of the time, and
+    a shortcut where its channels change; conv_in is the one besides.
+    """
+    u = blocks * (4 + 2) + transformers * 2 + resnets * 3 + shortcuts + samplers + 1
+    return {"x": blocks * 4, "x-strict": blocks * 2, "u": u, "all": u + blocks * 4}
+
+
+# SD: three levels with attention, two layers down and three up, and the middle; every residual
+# block on the way up takes a skip connection, and two on the way down begin a wider level.
+SD = counted(3 * 2 + 1 + 3 * 3, 3 * 2 + 1 + 3 * 3, 4 * 2 + 2 + 4 * 3, 2 + 4 * 3, 3 + 3)
+# SDXL: two such levels, of 2 and 10 blocks a transformer, the middle with 10; three levels in all.
+SDXL = counted(
+    (2 + 3) * (2 + 10) + 10, 2 * 2 + 1 + 2 * 3, 3 * 2 + 2 + 3 * 3, 2 + 3 * 3, 2 + 2
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "layers"),
+    [("sd15", 859.5, SD), ("sd21", 865.9, SD), ("sdxl", 2567.5, SDXL)],
+)
+def test_module_groups_of_the_full_sizes(name, millions, layers) -> None:
     from diffusers import UNet2DConditionModel
 
+    file = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "unets" / f"{name}.json"
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are SD 1.x
-    assert len(backbones.modules_of(unet, "x")) == 16 * 4
-    assert len(backbones.modules_of(unet, "x-strict")) == 16 * 2
+        unet = UNet2DConditionModel(**json.loads(file.read_text()))
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    found = {group: len(backbones.modules_of(unet, group)) for group in backbones.MODULE_GROUPS}
+    assert found == layers
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,22 @@ def test_a_template_has_one_place(template) -> None:
         Concept(targets=["x"], templates=[template])
 
 
+@pytest.mark.parametrize(
+    ("anchor", "prompt", "anchored"),
+    [
+        ("a key", "a bow in ink style", "a key in ink style"),
+        ("a key", "a cat and a bow tie", "a cat and a key"),
+        ("a key", "a bow, a bow tie", "a key, a key"),
+        ("a key", "a bowl", "a bowl"),
+        ("", "a bow", ""),
+        ("", "a picture of a bow in ink style", "a picture of in ink style"),
+        (r"\1", "a bow", r"\1"),
+    ],
+)
+def test_the_anchor_takes_the_targets_place(anchor, prompt, anchored) -> None:
+    assert Concept(targets=["a bow", "a bow tie"], anchor=anchor).anchored(prompt) == anchored
+
+
 def test_what_names_a_target_is_not_retained() -> None:
     concept = Concept(
         targets=["a bow"],

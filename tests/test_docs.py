@@ -101,6 +101,18 @@ def test_links_lead_to_files() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_configurations_of_the_docs_are_read(tmp_path) -> None:
+    from expunge.configuration import parse
+    from expunge.train.config import TrainConfig
+
+    found = blocks(ROOT / "docs" / "methods.md", "yaml")
+    assert found
+    for block in found:
+        (tmp_path / "run.yaml").write_text(block)
+        config = parse(TrainConfig, ["--config", str(tmp_path / "run.yaml"), "--output_dir", "x"])
+        assert config.concept.targets
+
+
 def test_the_objective_of_the_docs_trains(tmp_path, tiny_sd1) -> None:
     """Adding an objective takes one file and one line: exactly the two that the docs show."""
     code, line = blocks(ROOT / "docs" / "methods.md", "python")

@@ -24,6 +24,7 @@ def test_every_prediction_tells_the_noise_and_back(kind, drawn) -> None:
 def test_the_noise_tells_the_clean_picture(drawn) -> None:
     x0, ε, ᾱ, x_t, _ = drawn
     torch.testing.assert_close(prediction.to_x0(ε, x_t, ᾱ), x0)
+    torch.testing.assert_close(prediction.noised(x0, ε, ᾱ), x_t)
 
 
 def test_agrees_with_diffusers_on_v(drawn) -> None:

@@ -13,9 +13,9 @@ LoRA weights for the UNet of `{model}`, trained with expunge to remove the conce
 (targets: {targets}).
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{model}")
+pipeline = DiffusionPipeline.from_pretrained("{model}")
 pipeline.load_lora_weights("{folder}")
 ```
 

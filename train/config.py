@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from expunge.concepts import Concept
-from expunge.train import LATENTS
+from expunge.train import LATENTS, PROBES
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
+from expunge.train.robust import Robust
+from expunge.train.several import Several
+from expunge.train.sight import Gate
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,17 @@ class TrainConfig:
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
     objective: Annotated[Any, OBJECTIVES] = field(default_factory=lambda: OBJECTIVES.load("esd")())
     latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
+    gate: Gate | None = field(
+        default=None, metadata={"help": "erase only where a density sees the concept"}
+    )
+    several: Several = field(default_factory=Several)
+    robust: Robust | None = field(
+        default=None, metadata={"help": "against words that would bring the concept back"}
+    )
     preserve: Preserve = field(default_factory=Preserve)
+    start: Annotated[Any, OBJECTIVES] | None = field(
+        default=None, metadata={"help": "a closed form whose edit the training begins with"}
+    )
     lora: Lora = field(default_factory=Lora)
     steps: int = field(default=200, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=1, metadata={"help": "concept samples, on each process"})
@@ -76,6 +89,9 @@ class TrainConfig:
     checkpoint_every: int = field(default=50, metadata={"help": "steps; 0 keeps none"})
     keep_checkpoints: int = 2
     validation: Validation = field(default_factory=Validation)
+    probe: Annotated[Any, PROBES] | None = field(
+        default=None, metadata={"help": "erased and kept so far, judged during training"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "throw earlier results away"})
 
@@ -93,6 +109,33 @@ class TrainConfig:
             raise ValueError(
                 "got latents.source ema with an objective that keeps no average; allowed: teacher, "
                 "student"
+            )
+        if "noise/made" in getattr(self.objective, "needs", ()) and not getattr(
+            self.latents, "knows_noise", False
+        ):
+            raise ValueError(
+                "got an objective that learns the true noise, with latents that do not know it; "
+                "allowed: latents.type noised"
+            )
+        if getattr(self.objective, "wants_anchor", False) and not self.concept.anchor.strip():
+            raise ValueError(
+                "got no concept.anchor with an objective that maps the concept onto one; allowed: "
+                'a text to take its place, say --concept.anchor "a balloon"'
+            )
+        if self.start is not None and not hasattr(self.start, "fit"):
+            raise ValueError(
+                f"got start {type(self.start).__name__}, which is trained; allowed: an objective "
+                "in closed form, uce or rece"
+            )
+        if hasattr(self.objective, "fit") and (self.start or self.gate):
+            raise ValueError(
+                "got start or gate with an objective in closed form, which has no training loss; "
+                "allowed: an objective that is trained; leave them out"
+            )
+        if self.gate and "student/concept" not in getattr(self.objective, "needs", ()):
+            raise ValueError(
+                "got gate with an objective that teaches another prompt than the concept's; "
+                "allowed: one that teaches the concept's; leave out erase_from or subject, or gate"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from expunge import prediction
+from expunge.conditioning import Conditioning
+from expunge.train.coreset import changes, choose, gram
+from expunge.train.memory import Batch, Memory, Pair, Request
 from expunge.train.predictions import Inputs, Networks
+from expunge.train.share import Share
 
 Shape = tuple[int, int, int]
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Request:
-    """Whose x_t a training step asks for.
-
-    Attributes:
-        erased: (prompt that makes x_t, concept prompt of the loss).
-        retained: (prompt that makes x_t and that the student reads, prompt the teacher reads).
-    """
-
-    erased: list[Pair]
-    retained: list[Pair]
-
-    @property
-    def made_with(self) -> list[str]:
-        """The prompts that make x_t, the erased first."""
-        return [made for made, _ in [*self.erased, *self.retained]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +25,19 @@ class Maker:
 
     Attributes:
         networks: Who denoises.
-        embed: Prompts to embeddings (B, T, D).
+        embed: What the UNet is told of B prompts.
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
+        vae: The model's autoencoder, for who makes latents of pictures.
+        share: What of a batch this process makes.
     """
 
     networks: Networks
-    embed: Callable[[list[str]], Tensor]
+    embed: Callable[[list[str]], Conditioning]
     neutral: str
     shape: Shape
+    vae: Any = None
+    share: Share = field(default_factory=Share)
 
 
 class Source(Protocol):
@@ -56,13 +45,13 @@ class Source(Protocol):
 
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
-    ) -> tuple[Request, Tensor, Tensor]:
-        """What was made, x_t (B, C, h, w) and t (B,).
+    ) -> Batch:
+        """This process's share of what was made.
 
         Args:
-            ask: What is wanted; every call may answer anew.
+            ask: What is wanted of all processes together; every call may answer anew.
             maker: Who makes it.
-            generator: On the CPU; all randomness comes from it.
+            generator: On the CPU; all randomness comes from it, the same on every process.
             draw: Number of the batch.
         """
         ...
@@ -95,61 +84,82 @@ class Rollout:
 
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
-    ) -> tuple[Request, Tensor, Tensor]:
+    ) -> Batch:
         """Exactly what is asked for."""
-        request = ask()
+        whole = ask()
+        request, rows = whole.of(maker.share), maker.share.rows(*whole.sizes)
         embeddings, null = maker.embed(request.made_with), maker.embed([maker.neutral])
-        x_t, t = self.draw(maker.networks, embeddings, null, maker.shape, generator)
-        return request, x_t, t
+        x_t, t = self.draw(
+            maker.networks, embeddings, null, maker.shape, generator, rows, sum(whole.sizes)
+        )
+        return Batch(request, x_t, t)
 
     @torch.no_grad()
     def draw(
         self,
         networks: Networks,
-        embeddings: Tensor,
-        null: Tensor,
+        embeddings: Conditioning,
+        null: Conditioning,
         shape: Shape,
         generator: torch.Generator,
+        rows: list[int] | None = None,
+        total: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_t (B, C, h, w) and t (B,) for B prompts, on the embeddings' device.
 
         Args:
             networks: Who denoises.
-            embeddings: The prompts, (B, T, D).
-            null: The prompt of the unconditional prediction, (1, T, D).
+            embeddings: The B prompts.
+            null: The prompt of the unconditional prediction, one sample.
             shape: (C, h, w).
             generator: On the CPU; all randomness comes from it.
+            rows: Which samples the prompts are of a batch of `total`; default: they are all.
+            total: How many are drawn for.
         """
-        batch, device = len(embeddings), embeddings.device
-        scheduler = _ddim(networks.scheduler, self.steps)
+        device = embeddings.states.device
+        total = len(embeddings) if total is None else total
+        rows = list(range(total)) if rows is None else rows
+        scheduler = ddim(networks.scheduler, self.steps)
         k = int(torch.randint(1, self.steps, (), generator=generator))
-        x_t = torch.randn((batch, *shape), generator=generator).to(device, embeddings.dtype)
-        *_, x_t = _trajectory(self, networks, scheduler, x_t, embeddings, null, k)
+        x_t = torch.randn((total, *shape), generator=generator)[rows].to(device)
+        for state in trajectory(self, networks, scheduler, x_t, embeddings, null, k):
+            x_t = state.after
         # x_t now has the noise of the next timestep; its bin reaches up to the one just done.
         low, high = int(scheduler.timesteps[k]), int(scheduler.timesteps[k - 1])
-        return x_t, torch.randint(low, high, (batch,), generator=generator).to(device)
+        return x_t, torch.randint(low, high, (total,), generator=generator)[rows].to(device)
 
 
 @dataclass(frozen=True)
 class Replay(Rollout):
     """Denoise now and then, all the way, and learn from every x_t on the way, many times.
 
-    A rollout costs 2 · steps passes of the UNet, and gives steps − 1 latents: drawn from a bank, an
-    x_t costs a fraction of a pass instead of about `steps` of them. Batches mix prompts and noise
-    levels. The bank is made anew every `refresh` batches, from the student as it is then. Ours.
+    A rollout costs 2 · steps passes of the UNet and gives `steps` latents: drawn from a bank, an
+    x_t costs a fraction of a pass instead of about `steps` of them, and what the frozen teacher
+    says of it is asked once, or never, where the teacher itself denoised. Batches mix prompts and
+    noise levels, each x_t with the t it was met at; the grids of timesteps are shifted from one
+    rollout to the next, so that together they cover all t. Ours.
 
     Attributes:
         rollouts: Denoisings in the bank, in the proportion of erased and retained samples.
-        refresh: Batches from one bank to the next.
+        refresh: Batches from one bank to the next, made by the `source` as it is then.
+        coreset: How many of the retained latents are learned from, those that together stand best
+            for all in the bank; 0: all.
+        directions: Of the LoRA in which they are to stand for all. Costs so many passes, and one,
+            for each retained latent.
     """
 
     rollouts: int = 64
     refresh: int = 50
+    coreset: int = 0
+    directions: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rollouts < 1 or self.refresh < 1:
-            raise ValueError(f"got {self}; allowed: rollouts and refresh 1 or more")
+        if min(self.rollouts, self.refresh, self.directions) < 1 or self.coreset < 0:
+            raise ValueError(
+                f"got {self}; allowed: rollouts, refresh and directions 1 or more, coreset 0 or "
+                "more"
+            )
 
     def open(self) -> Bank:
         """Empty."""
@@ -163,37 +173,43 @@ class Bank:
         how: Its settings.
 
     Attributes:
-        latents: Of `erased` and of `retained` samples, (N, steps − 1, C, h, w), on the CPU.
+        latents: Of `erased` and of `retained` samples, (N · steps, C, h, w), on the CPU.
+        timesteps: Theirs, (N · steps,).
         prompts: Whose they are, N pairs each.
+        memory: What frozen networks said of them.
+        weights: How often each is drawn, (N · steps,).
     """
 
     def __init__(self, how: Replay) -> None:
         self.how = how
+        self.weights: dict[str, Tensor] = {}
         self.latents: dict[str, Tensor] = {}
+        self.timesteps: dict[str, Tensor] = {}
         self.prompts: dict[str, list[Pair]] = {}
+        self.memory: dict[str, Memory] = {}
 
     def batch(
         self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
-    ) -> tuple[Request, Tensor, Tensor]:
-        """As many samples as are asked for, from the bank."""
+    ) -> Batch:
+        """This process's share of as many samples as are asked for, from the bank of all."""
         request = ask()
         if draw % self.how.refresh == 0 or not self.latents:
             self._fill(request, ask, maker, generator)
-        scheduler = _ddim(maker.networks.scheduler, self.how.steps)
         chosen: dict[str, list[Pair]] = {}
-        x_t, t = [], []
+        places: dict[str, Tensor] = {}
         for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
-            stored, n = self.latents[kind], len(pairs)
-            i = torch.randint(max(1, len(stored)), (n,), generator=generator)
-            k = torch.randint(1, self.how.steps, (n,), generator=generator)
-            chosen[kind] = [self.prompts[kind][j] for j in i.tolist()]
-            x_t.append(stored[i, k - 1])
-            low, high = scheduler.timesteps[k], scheduler.timesteps[k - 1]
-            share = torch.rand(n, generator=generator)
-            t.append(low + (share * (high - low)).long())
-        embeddings = maker.embed([maker.neutral])
-        x = torch.cat(x_t).to(embeddings)
-        return Request(**chosen), x, torch.cat(t).to(x.device)
+            weights, n = self.weights[kind], len(pairs)
+            drawn = torch.zeros(0, dtype=torch.long)
+            if n:
+                drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
+            places[kind] = drawn[maker.share.rows(n)]
+            chosen[kind] = [self.prompts[kind][i // self.how.steps] for i in places[kind].tolist()]
+        x_t, t = (
+            torch.cat([of[kind][places[kind]] for kind in ("erased", "retained")])
+            for of in (self.latents, self.timesteps)
+        )
+        device = maker.networks.unet.device
+        return Batch(Request(**chosen), x_t.to(device), t.to(device), self.memory, places)
 
     @torch.no_grad()
     def _fill(
@@ -203,65 +219,132 @@ class Bank:
         maker: Maker,
         generator: torch.Generator,
     ) -> None:
-        requests = [request]
-        size = len(request.made_with)
-        while len(requests) * size < self.how.rollouts:
+        how, requests, share = self.how, [request], maker.share
+        size, (n, _) = len(request.made_with), request.sizes
+        while len(requests) * size < how.rollouts:
             requests.append(ask())
         null, rolled = maker.embed([maker.neutral]), []
-        scheduler = _ddim(maker.networks.scheduler, self.how.steps)
         for part in requests:
-            embeddings = maker.embed(part.made_with)
-            noise = torch.randn((size, *maker.shape), generator=generator).to(embeddings)
-            steps = _trajectory(
-                self.how, maker.networks, scheduler, noise, embeddings, null, self.how.steps - 1
-            )
-            rolled.append(torch.stack(list(steps), 1).cpu())
-        n = len(request.erased)
-        self.latents = {
-            "erased": torch.cat([x[:n] for x in rolled]),
-            "retained": torch.cat([x[n:] for x in rolled]),
-        }
-        self.prompts = {
+            scheduler = ddim(maker.networks.scheduler, how.steps)
+            scheduler.timesteps += _shift(scheduler, generator)
+            # The rollouts are shared among the processes, and then every one has them all.
+            embeddings = maker.embed(part.of(share).made_with)
+            noise = torch.randn((size, *maker.shape), generator=generator)
+            noise = noise[share.rows(*part.sizes)].to(embeddings.states.device)
+            steps = trajectory(how, maker.networks, scheduler, noise, embeddings, null, how.steps)
+            rolled.append([share.gather(x, *part.sizes).cpu() for x in _stack(list(steps))])
+        pairs = {
             "erased": [pair for part in requests for pair in part.erased],
             "retained": [pair for part in requests for pair in part.retained],
         }
+        for kind, rows in (("erased", slice(None, n)), ("retained", slice(n, None))):
+            x_t, t, e0, e = (torch.cat([part[i][rows] for part in rolled]) for i in range(4))
+            self.prompts[kind] = pairs[kind]
+            self.latents[kind], self.timesteps[kind] = x_t.flatten(0, 1), t.flatten()
+            self.memory[kind] = Memory(len(self.timesteps[kind]))
+            self.weights[kind] = torch.ones(len(self.timesteps[kind]))
+            if how.source == "teacher" and len(t):
+                self._overheard(kind, e0.flatten(0, 1), e.flatten(0, 1))
+        if how.coreset and pairs["retained"]:
+            self.weights["retained"] = self._stand_for_all(maker, generator)
+
+    def _stand_for_all(self, maker: Maker, generator: torch.Generator) -> Tensor:
+        """Weights of the retained latents, few of them above 0."""
+        read = [made for made, _ in self.prompts["retained"] for _ in range(self.how.steps)]
+        device = maker.networks.unet.device
+        x_t, t = (x["retained"].to(device) for x in (self.latents, self.timesteps))
+        inputs = Inputs(x_t, t, maker.embed(read))
+        changed = changes(maker.networks, inputs, self.how.directions, generator)
+        weights = choose(gram(changed), self.how.coreset)
+        return maker.share.first(weights.to(device)).cpu()
+
+    def _overheard(self, kind: str, e0: Tensor, e: Tensor) -> None:
+        """The teacher has said it while it denoised."""
+        memory, everywhere = self.memory[kind], torch.arange(len(e0))
+        # Where the loss asks for another prompt than x_t was made with, it has not.
+        alike = torch.tensor([made == asked for made, asked in self.prompts[kind]])
+        same = alike.repeat_interleave(self.how.steps).nonzero().squeeze(1)
+        if kind == "retained":
+            memory.keep("teacher/retained", same, e[same])
+        else:
+            memory.keep("teacher/null", everywhere, e0)
+            memory.keep("teacher/concept", same, e[same])
 
     def state_dict(self) -> dict[str, Any]:
         """The bank as plain values."""
-        return {"latents": self.latents, "prompts": self.prompts}
+        memory = {kind: memory.state_dict() for kind, memory in self.memory.items()}
+        return {
+            "latents": self.latents,
+            "timesteps": self.timesteps,
+            "prompts": self.prompts,
+            "memory": memory,
+            "weights": self.weights,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From plain values."""
-        self.latents = state["latents"]
+        self.latents, self.timesteps = state["latents"], state["timesteps"]
+        self.weights = state["weights"]
         self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
+        self.memory = {kind: Memory.of(memory) for kind, memory in state["memory"].items()}
 
 
-def _trajectory(
-    how: Rollout,
+@dataclass(frozen=True)
+class _State:
+    """A step of a denoising: x_t before it, what was predicted there, x_t after it."""
+
+    before: Tensor
+    t: Tensor
+    e0: Tensor
+    e: Tensor
+    after: Tensor
+
+
+def _stack(states: list[_State]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_t (B, K, C, h, w), t (B, K), predictions without and with the prompt."""
+    x_t, t, e0, e = (
+        torch.stack([getattr(state, name) for state in states], 1)
+        for name in ("before", "t", "e0", "e")
+    )
+    return x_t, t, e0, e
+
+
+def trajectory(
+    how: Any,
     networks: Networks,
     scheduler: Any,
     x_t: Tensor,
-    embeddings: Tensor,
-    null: Tensor,
+    embeddings: Conditioning,
+    null: Conditioning,
     k: int,
-) -> Iterator[Tensor]:
-    """x_t after each of the first k steps."""
+) -> Iterator[_State]:
+    """The first k steps of DDIM with guidance; `how` says its scale and source."""
     device, batch = x_t.device, len(x_t)
-    both = torch.cat([null.expand_as(embeddings), embeddings])
+    both = Conditioning.cat([null.expand(batch), embeddings])
     network = "student_sg" if how.source == "student" else how.source
     for t in scheduler.timesteps[:k]:
         inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)
-        # Guidance is linear, so it may act on ε, v or x_0 alike.
-        null_raw, prompt_raw = networks.raw(network, inputs).chunk(2)
+        raw = networks.raw(network, inputs)
         networks.forwards["sampling"] += 2 * batch
-        raw = prediction.guide(null_raw, prompt_raw, how.guidance_scale)
-        x_t = scheduler.step(raw, t, x_t).prev_sample
-        yield x_t
+        # Guidance is linear, so it may act on ε, v or x_0 alike.
+        guided = prediction.guide(*raw.chunk(2), how.guidance_scale)
+        after = scheduler.step(guided, t, x_t).prev_sample
+        e0, e = networks.to_epsilon(raw, inputs).chunk(2)
+        yield _State(x_t, inputs.t[:batch], e0, e, after)
+        x_t = after
 
 
-def _ddim(scheduler: Any, steps: int) -> Any:
+def ddim(scheduler: Any, steps: int) -> Any:
+    """A DDIM scheduler of that many steps with the noise schedule of another."""
     from diffusers import DDIMScheduler
 
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     ddim.set_timesteps(steps)
     return ddim
+
+
+def _shift(scheduler: Any, generator: torch.Generator) -> int:
+    """How far a grid of timesteps is moved, at most to its neighbours' places."""
+    lowest, highest = int(scheduler.timesteps[-1]), int(scheduler.timesteps[0])
+    last = scheduler.config.num_train_timesteps - 1
+    return int(torch.randint(-lowest, last - highest + 1, (), generator=generator))

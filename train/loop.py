@@ -1,9 +1,9 @@
 """The training loop, once for every objective."""
 
-import random
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,16 +13,17 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from tqdm import tqdm
 
 from expunge import adapters, backbones
 from expunge.errors import UserError
 from expunge.train.checkpoints import Checkpoints
+from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
-from expunge.train.latents import Maker, Request
-from expunge.train.predictions import Inputs, Networks
-from expunge.train.preserve import nearest
+from expunge.train.latents import Maker
+from expunge.train.losses import Embeddings, Losses
+from expunge.train.predictions import Networks
+from expunge.train.share import Share
 
 
 @dataclass
@@ -33,6 +34,9 @@ class Progress:
     seconds: float = 0.0
     forwards: dict[str, int] = field(default_factory=dict)
     base: str | None = None  # sha256 of the model that is erased from
+    batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
+    probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
+    stopped: bool = False  # by the probe
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -53,6 +57,7 @@ class Trainer:
         accelerator: Devices, precision, accumulation, logs.
         folder: For checkpoints and logs.
         base: SHA-256 of the model's files; None when they are not at hand.
+        probe: Looks at the student now and then; see `expunge.train.PROBES`.
     """
 
     def __init__(
@@ -62,20 +67,25 @@ class Trainer:
         accelerator: Accelerator,
         folder: Path,
         base: str | None = None,
+        probe: Any = None,
     ) -> None:
+        self.probe = probe
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         self.unet = unet = pipeline.unet
         objective = config.objective
         modules = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        edit, edited = None, []
+        if config.start is not None:
+            edit = config.start.fit(pipeline, config.concept)
+            edited = backbones.modules_of(unet, config.start.modules)
         self.parameters = adapters.attach(
             unet, modules, config.lora.rank, config.lora.alpha, config.seed
         )
+        if edit is not None:
+            install(edit, unet, edited)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        self.embeddings = _Embeddings(pipeline)
-        self.near = self._neighbours()
-        self.shape = backbones.latent_shape(pipeline)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -91,32 +101,56 @@ class Trainer:
             self.ema.to(accelerator.device)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
-        self.progress = Progress(base=base)
+        self.share = Share(accelerator.process_index, accelerator.num_processes)
+        retained = config.preserve.batch_size if config.preserve.weight else 0
+        batch = config.batch_size * self.share.count, retained * self.share.count
+        self.progress = Progress(base=base, batch=batch)
         self.latents = config.latents.open()
-        self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
-        self.guide = None
-        if "guided/concept" in objective.needs:
-            self.guide = objective.guide(pipeline, config.concept, self.maker)
-        kept = (self.schedule, self.progress, self.ema, self.latents)
+        maker = Maker(
+            self.networks,
+            Embeddings(pipeline),
+            config.concept.neutral,
+            backbones.latent_shape(pipeline),
+            pipeline.vae,
+            self.share,
+        )
+        self.losses = Losses(config, pipeline, maker, self.latents)
+        losses = self.losses
+        kept = (
+            self.schedule, self.progress, self.ema, self.latents, losses.turns, losses.attack,
+        )  # fmt: skip
         accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", accelerator, unet, config.keep_checkpoints
         )
 
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: It cannot be read, or is of another model or another batch.
+        """
+        progress, base, batch = self.progress, self.progress.base, self.progress.batch
+        if not self.checkpoints.load_newest():
+            return
+        if progress.base != base:
+            raise UserError(
+                f"got a model {self.config.model} whose files are not those the run began with; "
+                "allowed: to resume on the same weights; restore them, or say --overwrite true"
+            )
+        if progress.batch != batch:
+            raise UserError(
+                f"got {batch[0]} erased and {batch[1]} retained samples a step over all processes; "
+                f"allowed: those the run began with, {progress.batch[0]} and {progress.batch[1]}; "
+                "on another number of processes change batch_size and preserve.batch_size to match"
+            )
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # accelerate restores it on the CPU
+
     def run(self, validate: Callable[[int], None]) -> None:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
-        base = progress.base
-        if config.resume and self.checkpoints.load_newest():
-            if progress.base != base:
-                raise UserError(
-                    f"got a model {config.model} whose files are not those the run began with; "
-                    "allowed: to resume on the same weights; restore them, or say --overwrite true"
-                )
-            for name, n in progress.forwards.items():
-                self.networks.forwards[name] = n // accelerator.num_processes
-            if self.ema is not None:
-                self.ema.to(accelerator.device)  # accelerate restores it on the CPU
+        earlier = Counter(progress.forwards)  # of any number of processes
         begun = time.perf_counter() - progress.seconds
         bar = tqdm(
             total=config.steps,
@@ -124,17 +158,21 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_main_process or not sys.stderr.isatty(),
         )
-        while progress.step < config.steps:
+        if self.probe and config.start and not progress.step:
+            self._look(bar)  # it may be erased already
+            begun = time.perf_counter() - progress.seconds
+        while progress.step < config.steps and not progress.stopped:
             logs = self._optimise(progress.step)
             progress.step += 1
             progress.seconds = time.perf_counter() - begun
-            # Every process does the same number of passes.
-            passes = self.networks.forwards.items()
-            progress.forwards = {name: n * accelerator.num_processes for name, n in passes}
+            progress.forwards = {k: earlier[k] + n for k, n in self._forwards().items()}
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
-            last = progress.step == config.steps
+            if self.probe and progress.step % config.probe.every == 0:
+                self._look(bar)
+                begun = time.perf_counter() - progress.seconds
+            last = progress.step == config.steps or progress.stopped
             if config.checkpoint_every and (progress.step % config.checkpoint_every == 0 or last):
                 self.checkpoints.save(progress.step)
             # The last sheet is made by whoever called, of every run.
@@ -146,91 +184,57 @@ class Trainer:
                 validate(progress.step)
         bar.close()
 
-    def _neighbours(self) -> list[str]:
-        """The retained prompts nearest to the targets."""
-        keep, concept = self.config.preserve, self.config.concept
-        texts = [prompt for prompt in concept.retained() if prompt]
-        if not (keep.weight and keep.neighbours and texts):
-            return []
-        targets = self.embeddings(concept.targets)
-        return [texts[i] for i in nearest(targets, self.embeddings(texts), keep.neighbours)]
+    def _look(self, bar: Any) -> None:
+        """Ask the probe; it may end the training. Its time is not the training's."""
+        accelerator, progress = self.accelerator, self.progress
+        done = torch.zeros(1, device=accelerator.device)
+        if accelerator.is_main_process:
+            with self.networks.averaged():
+                rates = self.probe()
+            cost = {"unet_forwards": sum(progress.forwards.values()), "seconds": progress.seconds}
+            progress.probes[str(progress.step)] = rates | cost
+            accelerator.log({f"probe/{k}": v for k, v in rates.items()}, step=progress.step)
+            shown = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
+            bar.write(f"step {progress.step}: {shown}", file=sys.stderr)
+            done += self.probe.satisfied(rates)
+        progress.stopped = bool(accelerator.reduce(done).item())
+
+    def _forwards(self) -> dict[str, int]:
+        """Passes of all processes since the run began or went on."""
+        own = self.networks.forwards
+        counts = torch.tensor(list(own.values()), device=self.accelerator.device)
+        total = self.accelerator.reduce(counts, "sum")
+        return dict(zip(own, total.tolist(), strict=True))
 
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
         sums: dict[str, float] = {}
         for micro in range(config.gradient_accumulation):
             with accelerator.accumulate(self.networks.wrapped):
-                terms = self._losses(step * config.gradient_accumulation + micro)
-                loss = torch.stack(list(terms.values())).sum()
-                if not torch.isfinite(loss):
+                terms = self.losses(step * config.gradient_accumulation + micro)
+                values = torch.stack(list(terms.values()))
+                loss = values.sum()
+                # Of all processes, so that they log, and give up, together.
+                values = accelerator.reduce(values.detach(), "mean")
+                if not torch.isfinite(values).all():
                     raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step}; lower learning_rate"
+                        f"the loss is {values.sum()} at step {step}; lower learning_rate"
                     )
                 accelerator.backward(loss)
+                if self.losses.attack is not None:
+                    self.losses.attack.climb(lambda g: accelerator.reduce(g, "mean"))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
                     sums["grad_norm"] = float(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation
+            for name, value in zip(terms, values.tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value / config.gradient_accumulation
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step that overflowed
             self.schedule.step()
             if self.ema is not None:
                 self.ema.step(self.parameters)
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
-
-    def _losses(self, draw: int) -> dict[str, Tensor]:
-        """The loss terms of one micro-batch; `draw` alone decides what is drawn."""
-        config, objective, concept = self.config, self.config.objective, self.config.concept
-        # Nothing is carried over from draw to draw, so that a resumed run is exact.
-        rng = random.Random(f"{config.seed}/{draw}/{self.accelerator.process_index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-
-        def ask() -> Request:
-            erased = [objective.prompts(concept, rng) for _ in range(config.batch_size)]
-            return Request(erased, config.preserve.prompts(concept, rng, self.near))
-
-        request, x_t, t = self.latents.batch(ask, self.maker, generator, draw)
-        erased, retained, n = request.erased, request.retained, len(request.erased)
-        texts = {
-            "concept": [prompt for _, prompt in erased],
-            "null": [concept.neutral] * n,
-            "anchor": [concept.anchor] * n,
-        }
-        wanted = {
-            name: Inputs(x_t[:n], t[:n], self.embeddings(texts[name.split("/")[1]]))
-            for name in objective.needs
-            if not name.startswith("guided/")
-        }
-        for network, column in (("student", 0), ("teacher", 1)) if retained else ():
-            prompts = [pair[column] for pair in retained]
-            wanted[f"{network}/retained"] = Inputs(x_t[n:], t[n:], self.embeddings(prompts))
-        # No autocast around all of it: every prepared forward has its own, and one cache of casts
-        # for passes with and without gradient would lose the gradient.
-        found = self.networks.predict(wanted)
-        if self.guide is not None:
-            found["guided/concept"] = self.guide(found, x_t[:n], t[:n])
-        losses = {"erase": objective.loss(found).mean()}
-        if retained:
-            kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])
-            losses["preserve"] = kept.mean()
-        return losses
-
-
-class _Embeddings:
-    """Text embeddings, each prompt encoded once."""
-
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """(B, T, D) of B prompts."""
-        if new := [p for p in dict.fromkeys(prompts) if p not in self.known]:
-            encoded = backbones.encode_prompts(self.pipeline, new)
-            self.known.update(zip(new, encoded, strict=True))
-        return torch.stack([self.known[prompt] for prompt in prompts])
 
 
 def peak_memory_bytes() -> int:

@@ -1,7 +1,9 @@
 """Named forwards of the networks of a training step, batched: one pass a network."""
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +12,30 @@ import torch
 from torch import Tensor
 
 from expunge import adapters, prediction
+from expunge.conditioning import Conditioning
 
 NETWORKS = ("teacher", "ema", "student_sg", "student")  # gradient last: see `adapters.teacher`
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network sees: x_t (B, C, h, w), t (B,), text embeddings (B, T, D)."""
+    """What a network sees: x_t (B, C, h, w) of unit variance, t (B,), and its conditions."""
 
     x_t: Tensor
     t: Tensor
-    embeddings: Tensor
+    conditioning: Conditioning
+
+    @staticmethod
+    def cat(parts: Sequence[Inputs]) -> Inputs:
+        """All samples of several."""
+        return Inputs(
+            torch.cat([part.x_t for part in parts]),
+            torch.cat([part.t for part in parts]),
+            Conditioning.cat([part.conditioning for part in parts]),
+        )
+
+    def __getitem__(self, rows: Tensor) -> Inputs:
+        return Inputs(self.x_t[rows], self.t[rows], self.conditioning[rows])
 
 
 class Networks:
@@ -52,8 +67,7 @@ class Networks:
             if not names:
                 continue
             parts = [wanted[name] for name in names]
-            joined = Inputs(*(torch.cat(v) for v in zip(*map(_fields, parts), strict=True)))
-            ε = self.epsilon(network, joined)
+            ε = self.epsilon(network, Inputs.cat(parts))
             found.update(zip(names, ε.split([len(p.x_t) for p in parts]), strict=True))
             self.forwards["student" if network == "student" else "teacher"] += len(ε) * (
                 3 if network == "student" else 1
@@ -64,15 +78,25 @@ class Networks:
 
     def epsilon(self, network: str, inputs: Inputs) -> Tensor:
         """ε of one network, (B, C, h, w); only `student` keeps a gradient."""
+        return self.to_epsilon(self.raw(network, inputs), inputs)
+
+    def to_epsilon(self, raw: Tensor, inputs: Inputs) -> Tensor:
+        """ε of what a network predicted itself, (B, C, h, w)."""
         ᾱ = prediction.alpha_bar(self.scheduler, inputs.t)
-        return prediction.to_epsilon(self.raw(network, inputs), inputs.x_t, ᾱ, self.kind)
+        return prediction.to_epsilon(raw, inputs.x_t, ᾱ, self.kind)
 
     def raw(self, network: str, inputs: Inputs) -> Tensor:
-        """What the network itself predicts: ε, v or x_0, (B, C, h, w)."""
+        """What the network itself predicts: ε, v or x_0, (B, C, h, w), in float32.
+
+        x_t = √ᾱ x_0 + √(1−ᾱ) ε is what a UNet reads whatever the model's scheduler is: Euler's
+        `scale_model_input`, y / √(σ² + 1), makes just this of its own y = x_0 + σ ε.
+        """
+        dtype = self.unet.conv_in.weight.dtype  # the adapter's own may be another
         with self._as(network), torch.set_grad_enabled(network == "student"):
             unet = self.wrapped if network == "student" else self.unet
-            found: Tensor = unet(inputs.x_t, inputs.t, inputs.embeddings).sample
-        return found
+            arguments = inputs.conditioning.arguments(dtype)
+            found: Tensor = unet(inputs.x_t.to(dtype), inputs.t, **arguments).sample
+        return found.float()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -93,7 +117,3 @@ class Networks:
         if network == "ema" and self.ema is None:
             raise ValueError("got a prediction of ema, but this objective keeps no average")
         return self.averaged() if network == "ema" else nullcontext()
-
-
-def _fields(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs.x_t, inputs.t, inputs.embeddings

@@ -16,13 +16,17 @@ EDIT = "edit.safetensors"  # of a closed form: the exact change; the LoRA has wh
 FREE = ("resume", "overwrite", "output_dir", "checkpoint_every", "keep_checkpoints", "validation")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Train from a configuration; see `expunge train --help`."""
     from expunge.configuration import parse
+    from expunge.train import launch
     from expunge.train.config import TrainConfig
 
     config = parse(TrainConfig, argv, "expunge train")
+    if (processes := launch.wanted()) > 1:
+        return launch.start(processes)
     train(config)
+    return 0
 
 
 def train(config: TrainConfig) -> Path:
@@ -37,10 +41,10 @@ def train(config: TrainConfig) -> Path:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from expunge import adapters, backbones
-    from expunge.configuration import dump
+    from expunge import adapters
     from expunge.errors import UserError
-    from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
+    from expunge.results import fresh_output_dir
+    from expunge.train.launch import together
 
     folder = Path(config.output_dir)
     fresh_output_dir(folder, config.overwrite, config.resume, dry_run=True)
@@ -61,11 +65,21 @@ def train(config: TrainConfig) -> Path:
             f"got mixed_precision {config.mixed_precision} ({error}); allowed on this machine: no, "
             "and bf16 where its processor has it"
         ) from error
-    pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
+    with together(accelerator.num_processes):
+        _erase(config, accelerator, folder)
+    accelerator.end_training()
+    return folder / adapters.FILE
+
+
+def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
+    from expunge import backbones
+    from expunge.configuration import dump
+    from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
     from expunge.train.objectives.base import ClosedForm
 
+    pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
 
@@ -84,20 +98,21 @@ def train(config: TrainConfig) -> Path:
             _save_sheet(config, pipeline, folder, 0)
             _finish(config, pipeline, progress, folder, lost)
         accelerator.wait_for_everyone()
-        return folder / adapters.FILE
-    trainer = Trainer(config, pipeline, accelerator, folder, base)
+        return
+    probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
+    trainer = Trainer(config, pipeline, accelerator, folder, base, probe)
+    if config.resume:
+        trainer.resume()
     if accelerator.is_main_process:
         begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
     trainer.run(lambda step: _validate(trainer, folder, step))
-    _validate(trainer, folder, config.steps)
+    _validate(trainer, folder, trainer.progress.step)
     if accelerator.is_main_process:
         with trainer.networks.averaged():
             _finish(config, pipeline, trainer.progress, folder)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return folder / adapters.FILE
 
 
 def _refuse_foreign_results(config: TrainConfig, folder: Path) -> None:
@@ -117,8 +132,12 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
     earlier = folder / "config.yaml"
     if not (config.resume and earlier.is_file()):
         return
-    then, now = yaml.safe_load(earlier.read_text()), yaml.safe_load(dump(config))
-    changed = [k for k in now if k not in FREE and now[k] != (then or {}).get(k)]
+    then, now = yaml.safe_load(earlier.read_text()) or {}, yaml.safe_load(dump(config))
+    for run in (then, now):
+        # On other numbers of processes these differ; the checkpoint tells whether all may.
+        run.pop("batch_size", None)
+        run.get("preserve", {}).pop("batch_size", None)
+    changed = [k for k in now if k not in FREE and now[k] != then.get(k)]
     if changed:
         raise UserError(
             f"got another {', '.join(changed)} than the run in {folder}; allowed: to resume the "
@@ -163,6 +182,8 @@ def _finish(
         "schema_version": 1,
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
+        "probes": progress.probes,
+        "stopped": progress.stopped,
         "trainable_parameters": sum(
             p.numel() for p in pipeline.unet.parameters() if p.requires_grad
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,8 +78,9 @@ def row(
     model: str = "emoji",
     limit: int | None = None,
     clip: str = "emoji",
+    lora: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One evaluation of a sampler beside the base, with KID, CLIP score and what was changed.
+    """One evaluation of a sampler or LoRA beside the base: KID, CLIP score, what was changed.
 
     Args:
         settings: Of the sampler.
@@ -90,6 +91,7 @@ def row(
         model: Whom it guards.
         limit: Pictures a group.
         clip: Whose cosine is the CLIP score. It is no verdict on rows that it steers.
+        lora: Folders of LoRA weights.
 
     Raises:
         UserError: As `expunge eval`, or the suite makes a single picture.
@@ -97,7 +99,7 @@ def row(
     report = run(
         EvalConfig(
             output_dir=folder, suite=suite, model=model, sampler=sampler_of(settings),
-            concept=concept, limit=limit, store=store,
+            concept=concept, limit=limit, store=store, lora=list(lora),
         )
     )  # fmt: skip
     cases = json.loads((folder / "scores.json").read_text())["rows"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from expunge import backbones
 from expunge.concepts import Concept
@@ -150,9 +150,13 @@ def test_with_no_anchor_the_rest_of_a_sentence_meets_itself(pipeline) -> None:
     assert torch.equal(embeddings(pipeline, "a picture of ", 13, "rest"), states[upto:])
 
 
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
 @pytest.mark.parametrize("objective", [Uce(tokens="rest", regularisation=1e-3), Rece(rounds=1)])
-def test_training_solves_it_and_plain_diffusers_reads_it(objective, tiny_sd1, tmp_path) -> None:
-    config = parse(TrainConfig, ["--output_dir", str(tmp_path / "out"), "--model", tiny_sd1,
+def test_training_solves_it_and_plain_diffusers_reads_it(
+    objective, shape, request, tmp_path
+) -> None:
+    model = request.getfixturevalue(shape)
+    config = parse(TrainConfig, ["--output_dir", str(tmp_path / "out"), "--model", model,
         "--concept.targets", "[a bomb]", "--concept.preserve", '["a cat face"]',
         "--lora.rank", "32", "--lora.alpha", "4", "--validation.steps", "1",
         "--validation.seeds", "1"])  # fmt: skip
@@ -162,7 +166,7 @@ def test_training_solves_it_and_plain_diffusers_reads_it(objective, tiny_sd1, tm
     assert result["svd_error"] < 1e-6
     assert result["steps"] == 0
     edit = Edit.load(file.parent / "edit.safetensors")
-    plain = StableDiffusionPipeline.from_pretrained(tiny_sd1)
+    plain = DiffusionPipeline.from_pretrained(model)
     name = backbones.modules_of(plain.unet, "x-strict")[0]
     weight = plain.unet.get_submodule(name).weight.detach().clone()
     plain.load_lora_weights(str(file.parent))

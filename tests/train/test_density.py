@@ -8,6 +8,7 @@ import torch
 
 from expunge import adapters, backbones
 from expunge.concepts import Concept
+from expunge.conditioning import condition
 from expunge.densities.clip_text import ClipText
 from expunge.prediction import guide
 from expunge.train.latents import Maker
@@ -45,7 +46,7 @@ def made(tiny_sd1, tiny_clip):
     names = backbones.modules_of(pipeline.unet, "x")
     adapter = adapters.attach(pipeline.unet, names, 2, 2, seed=0)
     networks = Networks(pipeline.unet, pipeline.unet, pipeline.scheduler, None, adapter)
-    maker = Maker(networks, lambda p: backbones.encode_prompts(pipeline, p), "", (4, 8, 8))
+    maker = Maker(networks, lambda p: condition(pipeline, p), "", (4, 8, 8))
     x_t, t = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([10, 300, 700])
 
     def build(η: float, **more):
@@ -69,7 +70,7 @@ def test_what_is_seen_is_guided_by_its_own_text(made) -> None:
     wanted = e0.clone()
     for text in CONCEPT.targets:
         with torch.no_grad():
-            states = build(1.0).maker.embed([text] * 3)
+            states = build(1.0).maker.embed([text] * 3).states
             wanted -= 2.0 * (networks.unet(x_t, t, states).sample - e0)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
     assert not found.requires_grad

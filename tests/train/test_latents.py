@@ -3,7 +3,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from expunge import adapters, backbones
-from expunge.train.latents import Bank, Maker, Replay, Request, Rollout
+from expunge.conditioning import Conditioning, condition
+from expunge.train.latents import Bank, Maker, Replay, Rollout, _shift, ddim
+from expunge.train.memory import Request
 from expunge.train.predictions import Inputs, Networks
 
 
@@ -20,8 +22,8 @@ def networks(folder: str) -> Networks:
 
 
 def draw(nets: Networks, rollout: Rollout, seed: int, prompts=("a bomb", "a key")):
-    embeddings = backbones.encode_prompts(nets.pipeline, list(prompts))
-    null = backbones.encode_prompts(nets.pipeline, [""])
+    embeddings = condition(nets.pipeline, list(prompts))
+    null = condition(nets.pipeline, [""])
     generator = torch.Generator().manual_seed(seed)
     return rollout.draw(nets, embeddings, null, (4, 8, 8), generator)
 
@@ -46,6 +48,36 @@ def test_the_trajectory_is_that_of_diffusers(shape, request) -> None:
             raw = raw_null + 3.0 * (nets.unet(x, t, text).sample - raw_null)
             x = scheduler.step(raw, t, x).prev_sample
     torch.testing.assert_close(x_t, x, atol=1e-4, rtol=1e-4)
+
+
+def test_on_sdxl_it_is_the_trajectory_of_the_pipeline_itself(tiny_sdxl) -> None:
+    """Euler's steps are DDIM's once its latents are scaled as the UNet reads them.
+
+    The pipeline brings its own scheduler, guidance, empty prompt, pooled embeddings and sizes.
+    """
+    nets = networks(tiny_sdxl)
+    x_t, _ = draw(nets, Rollout(steps=6, guidance_scale=3.0, source="teacher"), seed=1)
+    seen = []
+
+    def keep(pipeline, i, t, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    generator = torch.Generator().manual_seed(1)
+    k = int(torch.randint(1, 6, (), generator=generator))
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    with adapters.teacher(nets.unet):
+        nets.pipeline(
+            ["a bomb", "a key"],
+            latents=noise,
+            num_inference_steps=6,
+            guidance_scale=3.0,
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+    σ = nets.pipeline.scheduler.sigmas[k]
+    assert σ > 0.5  # so that the scale is not 1
+    torch.testing.assert_close(x_t, seen[k - 1] / (σ**2 + 1).sqrt(), atol=1e-4, rtol=1e-4)
 
 
 def test_t_lies_in_the_bin_of_its_step(tiny_sd1) -> None:
@@ -82,7 +114,7 @@ def test_forwards_are_counted(tiny_sd1) -> None:
     draw(nets, Rollout(steps=2), 0)  # one step, two prompts, with and without guidance
     assert nets.forwards["sampling"] == 4
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3])
-    inputs = Inputs(x, t, torch.randn(3, 24, 32))
+    inputs = Inputs(x, t, Conditioning(torch.randn(3, 24, 32)))
     nets.predict({"teacher/null": inputs, "teacher/concept": inputs, "student/concept": inputs})
     assert nets.forwards["teacher"] == 6
     assert nets.forwards["student"] == 9
@@ -91,7 +123,11 @@ def test_forwards_are_counted(tiny_sd1) -> None:
 def test_named_predictions_are_those_of_single_calls(tiny_sd2) -> None:
     nets = networks(tiny_sd2)
     a, b = (
-        Inputs(torch.randn(2, 4, 8, 8), torch.tensor([9, 800]), torch.randn(2, 24, 32))
+        Inputs(
+            torch.randn(2, 4, 8, 8),
+            torch.tensor([9, 800]),
+            Conditioning(torch.randn(2, 24, 32)),
+        )
         for _ in range(2)
     )
     found = nets.predict({"teacher/null": a, "student/concept": b, "teacher/concept": b})
@@ -109,7 +145,7 @@ REQUEST = Request([("a bomb", "a bomb in ink style")], [("a key", "a key"), ("",
 def replayed(folder: str, how: Replay, draws=range(1), bank: Bank | None = None):
     """Batches of a bank, and the networks that made it."""
     nets = networks(folder)
-    maker = Maker(nets, lambda p: backbones.encode_prompts(nets.pipeline, p), "", (4, 8, 8))
+    maker = Maker(nets, lambda p: condition(nets.pipeline, p), "", (4, 8, 8))
     bank = bank or how.open()
     made = []
     for draw in draws:
@@ -118,52 +154,87 @@ def replayed(folder: str, how: Replay, draws=range(1), bank: Bank | None = None)
     return nets, bank, made
 
 
-def test_a_bank_holds_every_step_of_each_denoising(tiny_sd1) -> None:
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_a_bank_holds_every_step_of_each_denoising(shape, request) -> None:
+    """By hand, with diffusers' scheduler on the bank's own timesteps; and what was said there."""
     how = Replay(steps=6, source="teacher", rollouts=3)
-    nets, bank, _ = replayed(tiny_sd1, how)
-    assert bank.latents["erased"].shape == (1, 5, 4, 8, 8)
-    assert bank.latents["retained"].shape == (2, 5, 4, 8, 8)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, 8, 8, generator=generator)
+    nets, bank, _ = replayed(request.getfixturevalue(shape), how)
+    stored = torch.cat([bank.latents["erased"], bank.latents["retained"]]).unflatten(0, (3, 6))
+    timesteps = torch.cat([bank.timesteps["erased"], bank.timesteps["retained"]]).view(3, 6)
     scheduler = DDIMScheduler.from_config(nets.scheduler.config)
     scheduler.set_timesteps(6)
-    text = backbones.encode_prompts(nets.pipeline, REQUEST.made_with)
-    null = backbones.encode_prompts(nets.pipeline, [""] * 3)
-    stored = torch.cat([bank.latents["erased"], bank.latents["retained"]])
-    with torch.no_grad(), adapters.teacher(nets.unet):
-        for k, t in enumerate(scheduler.timesteps[:5]):
-            e0 = nets.unet(x, t, null).sample
-            e = e0 + 3.0 * (nets.unet(x, t, text).sample - e0)
-            x = scheduler.step(e, t, x).prev_sample
-            torch.testing.assert_close(stored[:, k], x, atol=1e-3, rtol=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    shifted = scheduler.timesteps + _shift(scheduler, generator)
+    assert torch.equal(timesteps, shifted.expand(3, 6))
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    text = condition(nets.pipeline, REQUEST.made_with)
+    null = condition(nets.pipeline, [""] * 3)
+    kept = bank.memory["retained"].values["teacher/retained"].unflatten(0, (2, 6))
+    empty = bank.memory["erased"].values["teacher/null"]
+    for k, t in enumerate(shifted):
+        torch.testing.assert_close(stored[:, k], x, atol=1e-3, rtol=1e-3)
+        when = t.expand(3)
+        e = nets.epsilon("teacher", Inputs(x, when, text)).detach()
+        e0 = nets.epsilon("teacher", Inputs(x, when, null)).detach()
+        torch.testing.assert_close(kept[:, k], e[1:], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(empty[k], e0[0], atol=1e-3, rtol=1e-3)
+        with torch.no_grad(), adapters.teacher(nets.unet):
+            raw = nets.unet(x, t, null.states).sample
+            raw = raw + 3.0 * (nets.unet(x, t, text.states).sample - raw)
+        x = scheduler.step(raw, t, x).prev_sample
+    # The loss reads another prompt there than x_t was made with.
+    assert not bank.memory["erased"].known["teacher/concept"].any()
+
+
+def test_what_the_student_says_is_not_remembered_as_the_teachers(tiny_sd1) -> None:
+    _, bank, _ = replayed(tiny_sd1, Replay(steps=6, source="student", rollouts=3))
+    assert not bank.memory["erased"].known
+    assert not bank.memory["retained"].known
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_grids_are_shifted_over_all_timesteps(tiny_sd1, spacing, steps) -> None:
+    nets = networks(tiny_sd1)
+    nets.scheduler = DDIMScheduler.from_config(nets.scheduler.config, timestep_spacing=spacing)
+    scheduler = ddim(nets.scheduler, steps)
+    seen = set()
+    for seed in range(300):
+        shifted = scheduler.timesteps + _shift(scheduler, torch.Generator().manual_seed(seed))
+        assert shifted.min() >= 0
+        assert shifted.max() < 1000
+        seen |= set(shifted.tolist())
+    if spacing != "linspace":  # which already reaches from end to end
+        assert len(seen) > 0.4 * 1000 or steps == 2
 
 
 def test_what_is_drawn_is_in_the_bank_at_its_own_noise(tiny_sd1) -> None:
     how = Replay(steps=5, source="teacher", rollouts=7, refresh=100)
     _, bank, made = replayed(tiny_sd1, how, range(30))
     seen = set()
-    for request, x_t, t in made:
+    for batch in made:
+        request = batch.request
         assert len(request.erased) == 1
         assert len(request.retained) == 2
-        for x, when, pair in zip(x_t, t, [*request.erased, *request.retained], strict=True):
+        pairs = [*request.erased, *request.retained]
+        for x, when, pair in zip(batch.x_t, batch.t, pairs, strict=True):
             kind = "erased" if pair in request.erased else "retained"
-            where = (bank.latents[kind] == x).flatten(2).all(2).nonzero().tolist()
+            where = (bank.latents[kind] == x).flatten(1).all(1).nonzero().tolist()
             assert len(where) == 1
-            ((row, k),) = where
-            assert bank.prompts[kind][row] == pair
-            # Timesteps 801, 601, 401, 201, 1: after step k the noise is that of the next one.
-            assert 801 - 200 * (k + 1) <= when < 801 - 200 * k
-            seen.add(k)
-    assert seen == {0, 1, 2, 3}
+            ((place,),) = where
+            assert bank.prompts[kind][place // 5] == pair
+            assert bank.timesteps[kind][place] == when
+            seen.add(place % 5)
+    assert seen == {0, 1, 2, 3, 4}
 
 
 def test_a_bank_is_made_anew_when_it_is_due_and_costs_only_then(tiny_sd1) -> None:
     how = Replay(steps=4, source="student", rollouts=6, refresh=5)
     nets, bank, _ = replayed(tiny_sd1, how, range(5))
-    assert nets.forwards["sampling"] == 2 * 3 * 6  # 3 of 4 steps, 6 denoisings, with guidance
+    assert nets.forwards["sampling"] == 2 * 4 * 6  # 4 steps, 6 denoisings, with guidance
     first = bank.latents["erased"].clone()
     nets, bank, _ = replayed(tiny_sd1, how, range(5, 11), bank)
-    assert nets.forwards["sampling"] == 2 * 2 * 3 * 6
+    assert nets.forwards["sampling"] == 2 * 2 * 4 * 6
     assert not torch.equal(bank.latents["erased"], first)
 
 
@@ -175,13 +246,15 @@ def test_a_bank_comes_back_from_its_state(tiny_sd1) -> None:
     nets, _, ours = replayed(tiny_sd1, how, range(1, 4), again)
     assert nets.forwards["sampling"] == 0
     _, _, theirs = replayed(tiny_sd1, how, range(1, 4), bank)
-    for (a, x, t), (b, y, u) in zip(ours, theirs, strict=True):
-        assert a == b
-        assert torch.equal(x, y)
-        assert torch.equal(t, u)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.request == other.request
+        assert torch.equal(one.x_t, other.x_t)
+        assert torch.equal(one.t, other.t)
 
 
-@pytest.mark.parametrize("bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}, {"coreset": -1}, {"directions": 0}]
+)
 def test_a_senseless_bank(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Replay(**bad)
@@ -191,3 +264,19 @@ def test_a_senseless_bank(bad) -> None:
 def test_senseless_steps(steps) -> None:
     with pytest.raises(ValueError, match=r"latents\.steps"):
         Rollout(steps=steps)
+
+
+def test_a_coreset_is_drawn_from_alone_and_by_its_weights(tiny_sd1) -> None:
+    how = Replay(steps=4, source="student", rollouts=9, refresh=500, coreset=3, directions=2)
+    nets, bank, made = replayed(tiny_sd1, how, range(60))
+    weights = bank.weights["retained"]
+    chosen = set(weights.nonzero().flatten().tolist())
+    assert 1 <= len(chosen) <= 3
+    drawn = [place for batch in made for place in batch.places["retained"].tolist()]
+    assert set(drawn) <= chosen
+    assert len({place for batch in made for place in batch.places["erased"].tolist()}) > 3
+    # 9 rollouts of 4 steps with guidance; 24 retained latents along 2 directions, and once without.
+    assert nets.forwards["sampling"] == 2 * 9 * 4 + 24 * 3
+    again = how.open()
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.weights["retained"], weights)

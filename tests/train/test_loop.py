@@ -23,10 +23,18 @@ from expunge.errors import UserError
 from expunge.sampling.load import load_erased
 from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay, Rollout
+from expunge.train.noised import Noised
+from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.sdd import Sdd
+from expunge.train.objectives.slider import Slider
+from expunge.train.objectives.spm import Spm
+from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
+from expunge.train.robust import Robust
+from expunge.train.several import Several
+from expunge.train.sight import Gate
 from expunge.train.train_erase import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,10 +76,27 @@ def _one_accelerator_at_a_time():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+ANCHORED = Concept(targets=["a bomb"], anchor="a balloon", preserve=["", "a key"])
 OBJECTIVES = {
     "esd": {"objective": Esd()},
     "esd-x-strict": {"objective": Esd(variant="x-strict")},
     "esd-u": {"objective": Esd(variant="u")},
+    "esd-all": {"objective": Esd(variant="all", erase_from="a weapon")},
+    "ablation": {
+        "objective": Ablation(),
+        "latents": Noised(count=6, steps=2),
+        "concept": ANCHORED,
+    },
+    "ablation-noise": {
+        "objective": Ablation(target="noise", regularisation=1.0),
+        "latents": Noised(count=5, steps=2),
+        "concept": ANCHORED,
+    },
+    "slider": {
+        "objective": Slider(subject="a weapon", attributes=["{} in ink style"]),
+        "concept": ANCHORED,
+    },
+    "spm": {"objective": Spm()},
     "esd-replay": {
         "objective": Esd(),
         "latents": Replay(steps=3, source="student", rollouts=5, refresh=3),
@@ -81,6 +106,18 @@ OBJECTIVES = {
     "density": {
         "objective": Density(density=ClipText(threshold=-1.0), places=2),
         "latents": Replay(steps=3, source="student", rollouts=2, refresh=3),
+    },
+    "esd-gate": {
+        "objective": Esd(),
+        "gate": Gate(density=ClipText(threshold=-1.0)),
+        "latents": Replay(steps=3, source="teacher", rollouts=5, refresh=3),
+    },
+    "esd-start": {"objective": Esd(), "start": Uce()},
+    "esd-robust": {"objective": Esd(), "robust": Robust(restart=3)},
+    "esd-several": {
+        "objective": Esd(),
+        "several": Several(order="balanced"),
+        "concept": Concept(targets=["a bomb", "a skull"], preserve=["", "a key"]),
     },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {
@@ -97,7 +134,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2", "tiny_sdxl"])
 def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> None:
     model, out = request.getfixturevalue(shape), tmp_path / "out"
     run = config(model, out, checkpoint_every=2, **OBJECTIVES[name])
@@ -114,15 +151,24 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert result["seconds"] > 0
     assert result["peak_memory_bytes"] > 10**7
     forwards = result["unet_forwards"]
-    assert forwards["student"] == 4 * 4 * 3
-    # Without and with the prompt; of the density, which sees it everywhere, its own text as well.
-    passes = {"esd": 2, "sdd": 1, "density": 3}[result["objective"]]
-    assert forwards["teacher"] == 4 * (2 + 2 * passes)
-    if isinstance(run.latents, Replay):
-        # Two banks in four steps, each of two batches of four or more, two steps, a pair each.
+    networks = [need.split("/")[0] for need in run.objective.needs]
+    # Of the density, which sees the concept everywhere, all that it is made of as well.
+    passes = {"density": 3}.get(
+        result["objective"], networks.count("teacher") + networks.count("student_sg")
+    )
+    assert forwards["student"] == 4 * (2 + 2 * networks.count("student")) * 3
+    if isinstance(run.latents, Noised):
+        # Two steps, a pair each, of two batches of four.
+        assert forwards["sampling"] == 2 * 2 * 2 * 4
+        assert forwards["teacher"] == 4 * (2 + 2 * passes)
+    elif isinstance(run.latents, Replay):
+        # Two banks in four steps, each of two batches of four or more, three steps, a pair each.
         batches = -(-run.latents.rollouts // 4)
-        assert forwards["sampling"] == 2 * batches * 4 * 2 * 2
+        assert forwards["sampling"] == 2 * batches * 4 * 3 * 2
+        # A latent that is met again, or was denoised by the teacher, is not asked about again.
+        assert 0 < forwards["teacher"] < 4 * (2 + 2 * passes)
     else:
+        assert forwards["teacher"] == 4 * (2 + 2 * passes)
         assert 4 * 2 * 4 <= forwards["sampling"] <= 4 * 2 * 2 * 4
     assert load(TrainConfig, out / "config.yaml") == run
     assert (out / "samples" / "step-000004.png").is_file()
@@ -146,6 +192,14 @@ def test_every_objective_of_the_table_is_run() -> None:
 
     table = {cls for cls in map(TABLE.load, TABLE) if not isinstance(cls(), ClosedForm)}
     assert {type(change["objective"]) for change in OBJECTIVES.values()} == table
+
+
+def test_a_lora_of_another_family_is_refused(tiny_sd1, tiny_sdxl, tmp_path) -> None:
+    for model, other in ((tiny_sdxl, tiny_sd1), (tiny_sd1, tiny_sdxl)):
+        run = config(model, tmp_path / Path(model).name, steps=1, preserve=Preserve())
+        train(run)
+        with pytest.raises(UserError, match="does not fit this model"):
+            load_erased(other, [run.output_dir])
 
 
 def test_what_is_exported_is_the_average(tiny_sd1, tmp_path) -> None:
@@ -205,6 +259,8 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
     [
         ({"latents": Rollout(source="ema")}, "keeps no average"),
         ({"preserve": Preserve(weight=1.0), "concept": Concept(targets=["a"])}, "preserve"),
+        ({"objective": Ablation()}, "concept.anchor"),
+        ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
     ],
 )
 def test_settings_that_contradict_each_other(tiny_sd1, tmp_path, changes, match) -> None:
@@ -298,7 +354,10 @@ def launch(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kind", ["esd", "sdd", "esd-replay"])
+@pytest.mark.parametrize(
+    "kind",
+    ["esd", "sdd", "esd-replay", "esd-gate", "ablation-noise", "esd-robust", "esd-several"],
+)
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
     from expunge.configuration import dump
 
@@ -375,3 +434,18 @@ def test_earlier_results_are_never_written_over(tiny_sd1, tmp_path) -> None:
     assert (tmp_path / "out" / adapters.FILE).read_bytes() == before
     train(dataclasses.replace(run, seed=7, overwrite=True))
     assert (tmp_path / "out" / adapters.FILE).read_bytes() != before
+
+
+def test_a_gate_that_is_never_open_leaves_the_weights(tiny_sd1, tmp_path) -> None:
+    """Theorem: with η = ∞ the loss is zero at the start, and so is every step."""
+    for folder, η in (("shut", 1.0), ("open", -1.0)):
+        shut = config(
+            tiny_sd1, tmp_path / folder, preserve=Preserve(), steps=3,
+            gate=Gate(density=ClipText(threshold=η)),
+        )  # fmt: skip
+        if folder == "shut":
+            with pytest.raises(UserError, match="erases nothing"):
+                train(shut)
+        else:
+            train(shut)
+            assert any(v.any() for k, v in weights(tmp_path / folder).items() if "lora_B" in k)

@@ -13,6 +13,18 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.sdd:Sdd",
             "safe self-distillation: onto the empty prompt, EMA teacher (arXiv 2307.05977)",
         ),
+        "ablation": Entry(
+            "expunge.train.objectives.ablation:Ablation",
+            "concept ablation: onto an anchor, on its pictures (arXiv 2303.13516)",
+        ),
+        "slider": Entry(
+            "expunge.train.objectives.slider:Slider",
+            "concept slider: from one prompt towards another (arXiv 2311.12092)",
+        ),
+        "spm": Entry(
+            "expunge.train.objectives.spm:Spm",
+            "semi-permeable membrane: ESD, held fast elsewhere (arXiv 2312.16145)",
+        ),
         "density": Entry(
             "expunge.train.objectives.density:Density",
             "what the guard would do, learnt: erases where p_h sees the concept (ours)",

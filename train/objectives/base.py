@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from expunge.concepts import Concept
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from expunge.conditioning import Conditioning
     from expunge.train.closed_form.fitter import Edit
 
 
@@ -21,12 +23,18 @@ class Objective(Protocol):
     Attributes:
         needs: Predictions named `network/prompt`. Networks: `student` (with gradient),
             `student_sg` (stop-gradient), `teacher` (the frozen base), `ema`. Prompts: `concept`,
-            `null`, `anchor`. `guided/concept` is what its own `guide` makes of the others.
+            `null`, `anchor` (the concept's with the anchor in the target's place), `made` (what x_t
+            was made with), and what its own `embeddings` makes of these. `guided/concept` is what
+            its own `guide` makes of the others; `noise/made` the true ε, which `noised` latents
+            know.
         modules: The module group that gets the LoRA when `lora.targets` says nothing.
         ema_decay: Decay of the averaged student; 0 keeps none. When there is one, it is exported.
     """
 
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of predictions."""
+        ...
 
     @property
     def modules(self) -> str:
@@ -44,6 +52,22 @@ class Objective(Protocol):
 
     def loss(self, predictions: Mapping[str, Tensor]) -> Tensor:
         """The loss of each sample, (B,), from the predictions it `needs`, each (B, C, h, w)."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """An objective that also asks for predictions under embeddings that are no prompt's."""
+
+    def embeddings(
+        self, concept: Conditioning, generator: torch.Generator
+    ) -> dict[str, Conditioning]:
+        """What stands for prompts, B each, by the name that `needs` gives them; drawn anew.
+
+        Args:
+            concept: Of the concept prompts, B.
+            generator: On the CPU; all randomness comes from it.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ from expunge.concepts import Concept
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
 from expunge.train.objectives.base import mse
+from expunge.train.sight import Sight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +63,7 @@ class Density:
     pairs: float = 0.5
     layers: Literal["x", "x-strict", "u", "all"] = "x"
 
-    needs: ClassVar[tuple[str, ...]] = (
-        "student/concept", "teacher/concept", "teacher/null", "guided/concept",
-    )  # fmt: skip
+    needs: ClassVar[tuple[str, ...]] = ("student/concept", "guided/concept")
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -110,7 +109,9 @@ class Guide:
     def __init__(self, how: Density, pipeline: Any, concept: Concept, maker: Maker) -> None:
         self.how, self.maker = how, maker
         self.density = how.density.build(concept, pipeline.device)
-        self.look = how.decoder.build(pipeline)
+        look = how.decoder.build(pipeline)
+        self.sight = Sight(self.density, look, maker.networks.scheduler, how.guidance_scale)
+        self.needs = self.sight.needs
         names = self.density.names
         self.texts = list(self.density.texts or [", ".join(concept.targets)] * len(names))
 
@@ -119,17 +120,13 @@ class Guide:
         import torch
         from torch.nn import functional as F
 
-        from expunge import guidance, prediction
+        from expunge import guidance
         from expunge.train.predictions import Inputs
 
         networks, how = self.maker.networks, self.how
         with torch.no_grad():
-            ep, e0 = (predictions[f"teacher/{name}"].float() for name in ("concept", "null"))
-            ᾱ = prediction.alpha_bar(networks.scheduler, t)
-            ẽ = prediction.guide(e0, ep, how.guidance_scale)
-            images = self.look(prediction.to_x0(ẽ, x_t.float(), ᾱ))
-            harm = self.density(images).per_concept
-            seen = harm >= self.density.thresholds.to(harm)
+            images, seen = self.sight(predictions, x_t, t)
+            ep, e0 = (predictions[name].float() for name in self.needs)
             M = x_t.new_zeros(*seen.shape, *x_t.shape[2:], dtype=torch.float32)
             eh = e0.unsqueeze(1).expand(-1, seen.shape[1], -1, -1, -1).clone()
             rows, concepts = seen.nonzero(as_tuple=True)

@@ -60,7 +60,7 @@ class Uce:
                         template.index("{}") + len(text),
                         self.tokens,
                     )
-                    for text in (target, concept.anchor)
+                    for text in (target, concept.anchor_of(target))
                 )
                 n = min(len(c), len(g))
                 fitter.erase(c[:n], g[:n], self.erase_scale)

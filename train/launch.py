@@ -1,0 +1,147 @@
+"""Several processes: start them on CPUs, and end in one line when one of them is lost.
+
+`accelerate launch --cpu --num_processes N` without mpirun runs the script once, whatever N is, and
+says nothing (accelerate 1.15). Then the script starts the N itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expunge.errors import ProcessLost, UserError
+
+# Whoever starts processes sets one of them: torchrun, accelerate on GPUs, MPI's several kinds.
+GROUPED = (
+    "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+)  # fmt: skip
+OURS = "EXPUNGE_LAUNCHED"  # set in processes that `start` watches
+GRACE = 10.0  # seconds between asking a process to end and killing it
+
+
+def wanted() -> int:
+    """How many processes `accelerate launch` was asked for on CPUs, of which it started only this.
+
+    It tells its child that there are several, but not how many: that stands in its command line.
+
+    Raises:
+        UserError: On several machines, which need mpirun.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y")
+    if not on_cpu or "MASTER_ADDR" not in os.environ or any(k in os.environ for k in GROUPED):
+        return 1
+    import psutil
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        words = []
+    names = [Path(word).name for word in words]
+    ends = [i + 1 for i, name in enumerate(names)
+            if name in ("accelerate-launch", "accelerate.commands.launch")
+            or (name == "launch" and i and names[i - 1] == "accelerate")]  # fmt: skip
+    if not ends:
+        return 1
+    options = launch_command_parser().parse_args(words[ends[0] :])
+    count, machines = options.num_processes, options.num_machines
+    if count is None or machines is None:
+        from_file = None if options.config_file is None else load_config_from_file(
+            options.config_file
+        )  # fmt: skip
+        count = count or getattr(from_file, "num_processes", 1)
+        machines = machines or getattr(from_file, "num_machines", 1)
+    if machines > 1:
+        raise UserError(
+            f"got {machines} machines with CPUs; allowed: one; accelerate needs mpirun for more, "
+            "see its --mpirun_hostfile"
+        )
+    return int(count)
+
+
+def start(count: int) -> int:
+    """Run this very command `count` times as one group; the exit status of the whole.
+
+    When one process fails the others are stopped, and one line says which it was and how it ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), OURS: "1"}
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in map(str, range(count)):
+            environment = {**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            processes.append(subprocess.Popen(command, env=environment))
+        codes = [process.poll() for process in processes]
+        while any(code is None for code in codes) and not any(codes):
+            time.sleep(0.02)
+            codes = [process.poll() for process in processes]
+    finally:
+        _stop(processes)
+        signal.signal(signal.SIGTERM, before)
+    # A signal is what began it; those that lost a peer end by themselves.
+    failed = sorted((code, rank) for rank, code in enumerate(codes) if code)
+    if not failed:
+        return 0
+    code, rank = failed[0]
+    if code == 2:  # wrong input: its one line is there
+        return 2
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    print(
+        f"expunge: error: process {rank + 1} of {count} was ended {how}, and the others with it; "
+        "the same command with --resume true goes on from the newest checkpoint",
+        file=sys.stderr,
+    )
+    return 1
+
+
+@contextmanager
+def together(count: int) -> Iterator[None]:
+    """Where several processes run: losing one raises `ProcessLost` in the others.
+
+    Its peers see a connection that closes, or are told to end by whoever started them.
+    """
+    if count == 1:
+        yield
+        return
+    from torch.distributed import DistError
+
+    def stop(*_: object) -> None:
+        raise ProcessLost
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, DistError) or "gloo" in text or "closed by peer" in text
+        if not lost:
+            raise
+        raise ProcessLost from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

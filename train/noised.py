@@ -1,0 +1,171 @@
+"""Latents that are pictures with noise on them, as when a model is trained from pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge import prediction
+from expunge.decoding.base import vae_factor
+from expunge.pictures import picture_files, read_picture
+from expunge.train.latents import Maker, ddim, trajectory
+from expunge.train.memory import Batch, Pair, Request
+
+
+@dataclass(frozen=True)
+class Noised:
+    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε of pictures x_0, with t ~ U{0 … T−1} and ε known.
+
+    The frozen model draws the pictures once, at the start, by DDIM with guidance; from then on an
+    x_t costs no pass of the UNet.
+
+    Attributes:
+        count: Pictures that are drawn, in the proportion of erased and retained samples.
+        steps: Of a whole denoising.
+        guidance_scale: s of classifier-free guidance.
+        folder: Pictures to erase with, taken instead of drawn ones; those of retained prompts are
+            always drawn. Empty: none.
+    """
+
+    count: int = 200
+    steps: int = 50
+    guidance_scale: float = 3.0
+    folder: str = ""
+
+    source: ClassVar[str] = "teacher"
+    knows_noise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 1 <= self.steps <= 1000:
+            raise ValueError(f"got {self}; allowed: count 1 or more, steps 1 to 1000")
+
+    def open(self) -> Pictures:
+        """None drawn yet.
+
+        Raises:
+            UserError: The folder is missing, empty, or holds a picture that cannot be read.
+        """
+        files = picture_files(self.folder) if self.folder else []
+        for file in files:
+            read_picture(file)  # a broken one is found before anything is written
+        return Pictures(self, files)
+
+
+class Pictures:
+    """The x_0 of one run; they belong to a checkpoint.
+
+    Args:
+        how: Its settings.
+        files: Of the folder.
+
+    Attributes:
+        latents: x_0 of `erased` and of `retained` samples, (N, C, h, w), on the CPU.
+        prompts: Whose they are, N pairs each; a folder's pictures are anybody's.
+    """
+
+    def __init__(self, how: Noised, files: list[Path]) -> None:
+        self.how, self.files = how, files
+        self.latents: dict[str, Tensor] = {}
+        self.prompts: dict[str, list[Pair]] = {}
+
+    def batch(
+        self, ask: Callable[[], Request], maker: Maker, generator: torch.Generator, draw: int
+    ) -> Batch:
+        """This process's share of as many samples as are asked for, noised anew."""
+        request = ask()
+        if not self.latents:
+            self._draw(request, ask, maker, generator)
+        chosen: dict[str, list[Pair]] = {}
+        parts = []
+        for kind, pairs in (("erased", request.erased), ("retained", request.retained)):
+            stored, own = self.latents[kind], self.prompts[kind]
+            i = torch.randint(max(1, len(stored)), (len(pairs),), generator=generator)
+            chosen[kind] = [own[j] for j in i.tolist()] if own else pairs
+            parts.append(stored[i])
+        scheduler, device = maker.networks.scheduler, maker.networks.unet.device
+        x0, mine = torch.cat(parts), maker.share.rows(*request.sizes)
+        ε = torch.randn(x0.shape, generator=generator)[mine]
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
+        t = t[mine]
+        x_t = prediction.noised(x0[mine], ε, prediction.alpha_bar(scheduler, t))
+        batch = Batch(Request(**chosen).of(maker.share), x_t.to(device), t.to(device))
+        n = len(batch.request.erased)
+        batch.keep("noise/made", torch.arange(n), ε[:n])
+        return batch
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        request: Request,
+        ask: Callable[[], Request],
+        maker: Maker,
+        generator: torch.Generator,
+    ) -> None:
+        requests = [request]
+        while sum(len(part.made_with) for part in requests) < self.how.count:
+            requests.append(ask())
+        if self.files:
+            requests = [replace(part, erased=[]) for part in requests]
+        scheduler = ddim(maker.networks.scheduler, self.how.steps)
+        null, drawn = maker.embed([maker.neutral]), []
+        for part in requests:
+            if not part.made_with:
+                continue
+            # Shared among the processes, and then every one has them all.
+            embeddings = maker.embed(part.of(maker.share).made_with)
+            x = torch.randn((sum(part.sizes), *maker.shape), generator=generator)
+            x = x[maker.share.rows(*part.sizes)].to(maker.networks.unet.device)
+            for state in trajectory(
+                self.how, maker.networks, scheduler, x, embeddings, null, self.how.steps
+            ):
+                x = state.after
+            drawn.append((len(part.erased), maker.share.gather(x, *part.sizes).cpu()))
+        nothing = torch.zeros(0, *maker.shape)
+        self.latents = {
+            "erased": torch.cat([nothing, *(x[:n] for n, x in drawn)]),
+            "retained": torch.cat([nothing, *(x[n:] for n, x in drawn)]),
+        }
+        self.prompts = {
+            "erased": [pair for part in requests for pair in part.erased],
+            "retained": [pair for part in requests for pair in part.retained],
+        }
+        if self.files:
+            self.latents["erased"] = torch.cat([encode(read_picture(f), maker) for f in self.files])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pictures as plain values."""
+        return {"latents": self.latents, "prompts": self.prompts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From plain values."""
+        self.latents = state["latents"]
+        self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
+
+
+@torch.no_grad()
+def encode(picture: Tensor, maker: Maker) -> Tensor:
+    """x_0 (1, C, h, w), on the CPU, of a picture (3, H, W) in [-1, 1] of any size.
+
+    It is scaled to cover the model's own size, and what stands out is cut off on both sides.
+    """
+    vae, factor = maker.vae, vae_factor(maker.vae)
+    height, width = (side * factor for side in maker.shape[1:])
+    scale = max(height / picture.shape[1], width / picture.shape[2])
+    size = [math.ceil(side * scale) for side in picture.shape[1:]]
+    picture = torch.nn.functional.interpolate(
+        picture[None], size, mode="bicubic", antialias=True
+    ).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    picture = picture[:, :, top : top + height, left : left + width]
+    z: Tensor = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    z = z - (vae.config.get("shift_factor") or 0.0)
+    if vae.config.get("latents_mean") is not None:  # some SDXL models centre each channel
+        μ, σ = (torch.tensor(vae.config[key]) for key in ("latents_mean", "latents_std"))
+        z = (z - μ.view(1, -1, 1, 1)) / σ.view(1, -1, 1, 1)
+    return z * vae.config.scaling_factor
