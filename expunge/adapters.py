@@ -113,13 +113,16 @@ def diffusers_header(config: dict[str, Any], metadata: dict[str, Any]) -> dict[s
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
-    """`save_file`, but a full disk is the same error as everywhere else."""
+    """`save_file`, but a full disk is an `OSError`, and others may read the file as any other."""
     try:
         save_file(tensors, file, metadata=header)
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
         raise
+    mask = os.umask(0)  # there is no other way to ask for it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def write(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ QUICK = {
     "accelerate launch": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
     "expunge sample": "--steps 2 --images_per_prompt 1",
     "expunge eval": "--limit 1",
+    "expunge export": "--steps 1",
     "expunge ls": "",
     "expunge --help": "",
 }
@@ -65,8 +66,9 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_the_index_of_samplers_runs(tmp_path) -> None:
-    page = ROOT / "docs" / "samplers.md"
+@pytest.mark.parametrize("name", ["samplers.md", "exporting.md"])
+def test_a_page_of_the_docs_runs(tmp_path, name) -> None:
+    page = ROOT / "docs" / name
     for line in command_lines(page):
         key = next(k for k in QUICK if line.startswith(k))
         done = run(shlex.split(f"{line} {QUICK[key]}"), tmp_path)

@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         # A training's folder carries expunge's marker too; only an export makes way for an export.
         fresh_output_dir(folder, dry_run=True)
     fresh_output_dir(folder, config.overwrite, dry_run=True)
-    sources = [source.read(lora) for lora in config.lora]
+    sources = source.read(config.lora)
     model = source.choose_model(config.model, sources)
     where = Path(backbones.resolve(model))
     _refuse_inputs_in(folder, [where, *(s.file for s in sources)])

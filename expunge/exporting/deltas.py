@@ -85,7 +85,7 @@ def _is_plain(key: str) -> bool:
 
 def _alpha(alpha: float, rank: int, scaling: float) -> float:
     """The alpha of a scaling: as it was given where that is it, to the last bit."""
-    return alpha if alpha / rank == scaling else scaling * rank
+    return float(alpha) if alpha / rank == scaling else scaling * rank
 
 
 def total(loras: list[Layers]) -> Layers:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from expunge import adapters
+from expunge import adapters, backbones
 from expunge.errors import UserError
 from expunge.exporting.deltas import Layers, uniform
 from expunge.exporting.readback import digest
@@ -91,9 +91,9 @@ def original_name(name: str, unet_config: Any) -> str:
         return _OUTER[name]
     layers = unet_config.layers_per_block
     if name.startswith("mid_block."):
-        _, kind, index, rest = name.split(".", 3)
-        if (part := _MIDDLE.get(f"{kind}.{index}")) is not None:
-            return f"middle_block.{part}.{_inner(kind, rest)}"
+        _, kind, number, rest = name.split(".", 3)
+        if (middle := _MIDDLE.get(f"{kind}.{number}")) is not None:
+            return f"middle_block.{middle}.{_inner(kind, rest)}"
     found = _NAME.fullmatch(name)
     if found is None or not isinstance(layers, int):
         raise UserError(
@@ -145,7 +145,7 @@ def write(
         tensors[f"{key}.lora_down.weight"] = delta.A.to(dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = delta.B.to(dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(delta.alpha, dtype=torch.float32)
-    header = metadata(layers, family, _pixels(pipeline), tensors, name, about)
+    header = metadata(layers, family, _resolution(pipeline), tensors, name, about)
     adapters.write(tensors, folder / f"{name}.safetensors", header)
     return {f"{name}.safetensors": digest(tensors)}
 
@@ -153,7 +153,7 @@ def write(
 def metadata(
     layers: Layers,
     family: Family,
-    pixels: int,
+    resolution: str,
     tensors: dict[str, Tensor],
     name: str,
     about: dict[str, Any],
@@ -178,7 +178,7 @@ def metadata(
         "modelspec.architecture": f"{family.architecture}/lora",
         "modelspec.implementation": family.implementation,
         "modelspec.title": name,
-        "modelspec.resolution": f"{pixels}x{pixels}",
+        "modelspec.resolution": resolution,
         "modelspec.description": said,
         "modelspec.date": datetime.now(timezone.utc).replace(tzinfo=None).isoformat("T", "seconds"),
         "modelspec.hash_sha256": f"0x{digest_of_data}",
@@ -194,8 +194,9 @@ def metadata(
     return found
 
 
-def _pixels(pipeline: Any) -> int:
-    return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+def _resolution(pipeline: Any) -> str:
+    _, height, width = backbones.latent_shape(pipeline)
+    return f"{width * pipeline.vae_scale_factor}x{height * pipeline.vae_scale_factor}"
 
 
 def _sha256_of_data(tensors: dict[str, Tensor]) -> str:

@@ -28,12 +28,12 @@ class Source:
     @property
     def concept(self) -> str:
         """The name of what it erases."""
-        return str(self._concept.get("name") or self.file.stem)
+        return str(self.details.get("name") or self.file.stem)
 
     @property
     def targets(self) -> list[str]:
         """The texts that it erases, if it says which."""
-        targets = self._concept.get("targets")
+        targets = self.details.get("targets")
         return [str(target) for target in targets] if isinstance(targets, list) else []
 
     @property
@@ -52,20 +52,29 @@ class Source:
         return str(self.about["base_sha256"]) if self.about.get("base_sha256") else None
 
     @property
-    def _concept(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
+        """All that it says of its concept."""
         concept = self.about.get("concept")
         return concept if isinstance(concept, dict) else {}
 
 
-def read(lora: str) -> Source:
-    """Read what a LoRA file says of itself.
+def read(loras: list[str]) -> list[Source]:
+    """Read what LoRA files say of themselves.
 
     Raises:
-        UserError: It is missing or broken.
+        UserError: One is missing or broken, or there twice.
     """
-    about = adapters.read_metadata(lora)
-    file = adapters.locate(lora)
-    return Source(file, sha256_file(file), about)
+    found: dict[str, Source] = {}
+    for lora in loras:
+        about, file = adapters.read_metadata(lora), adapters.locate(lora)
+        digest = sha256_file(file)
+        if digest in found:
+            raise UserError(
+                f"got LoRA {file}, the same as {found[digest].file}; allowed: each once; for more "
+                "strength say --lora_scale"
+            )
+        found[digest] = Source(file, digest, about)
+    return list(found.values())
 
 
 def choose_model(model: str | None, sources: list[Source]) -> str:
@@ -113,8 +122,8 @@ def about(sources: list[Source], model: str, base_sha256: str | None) -> dict[st
         "targets": [target for source in sources for target in source.targets],
     }
     objective = " + ".join(dict.fromkeys(source.objective for source in sources))
-    said = {"concept": concept, "objective": objective}
-    if len(sources) > 1:
-        parts = [source.about | {"sha256": source.sha256} | base for source in sources]
-        return said | base | {"merged_from": parts}
-    return said | sources[0].about | base
+    said = {"concept": concept, "objective": objective} | base
+    if len(sources) == 1:
+        return sources[0].about | said | {"concept": sources[0].details | concept}
+    parts = [source.about | {"sha256": source.sha256} | base for source in sources]
+    return said | {"merged_from": parts}
