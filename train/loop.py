@@ -33,6 +33,7 @@ class Progress:
     seconds: float = 0.0
     forwards: dict[str, int] = field(default_factory=dict)
     base: str | None = None  # sha256 of the model that is erased from
+    tokens: dict[str, str] = field(default_factory=dict)  # sha256 of each soft token's file
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -53,6 +54,7 @@ class Trainer:
         accelerator: Devices, precision, accumulation, logs.
         folder: For checkpoints and logs.
         base: SHA-256 of the model's files; None when they are not at hand.
+        tokens: SHA-256 of the file of each soft token that the pipeline was given.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Trainer:
         accelerator: Accelerator,
         folder: Path,
         base: str | None = None,
+        tokens: dict[str, str] | None = None,
     ) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         self.unet = unet = pipeline.unet
@@ -91,7 +94,7 @@ class Trainer:
             self.ema.to(accelerator.device)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
-        self.progress = Progress(base=base)
+        self.progress = Progress(base=base, tokens=tokens or {})
         self.latents = config.latents.open()
         self.maker = Maker(self.networks, self.embeddings, config.concept.neutral, self.shape)
         self.guide = None
@@ -106,12 +109,13 @@ class Trainer:
     def run(self, validate: Callable[[int], None]) -> None:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
-        base = progress.base
+        begun_with = progress.base, progress.tokens
         if config.resume and self.checkpoints.load_newest():
-            if progress.base != base:
+            if (progress.base, progress.tokens) != begun_with:
                 raise UserError(
-                    f"got a model {config.model} whose files are not those the run began with; "
-                    "allowed: to resume on the same weights; restore them, or say --overwrite true"
+                    f"got a model {config.model} or soft tokens whose files are not those the run "
+                    "began with; allowed: to resume on the same weights; restore them, or say "
+                    "--overwrite true"
                 )
             for name, n in progress.forwards.items():
                 self.networks.forwards[name] = n // accelerator.num_processes

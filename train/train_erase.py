@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Path:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from expunge import adapters, backbones
+    from expunge import adapters, backbones, soft_tokens
     from expunge.configuration import dump
     from expunge.errors import UserError
     from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> Path:
             "and bf16 where its processor has it"
         ) from error
     pipeline = backbones.load_pipeline(config.model, device=str(accelerator.device))
+    tokens = soft_tokens.load(pipeline, config.concept.tokens)
+    soft_tokens.require(pipeline, [*config.concept.texts(), *config.validation.prompts])
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
     from expunge.train.objectives.base import ClosedForm
@@ -77,7 +79,7 @@ def train(config: TrainConfig) -> Path:
 
     if isinstance(config.objective, ClosedForm):
         if accelerator.is_main_process:
-            progress = Progress(base=base)
+            progress = Progress(base=base, tokens=tokens)
             edit, lost = solve(config, pipeline, progress)
             begin()
             edit.save(folder / EDIT)
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> Path:
             _finish(config, pipeline, progress, folder, lost)
         accelerator.wait_for_everyone()
         return folder / adapters.FILE
-    trainer = Trainer(config, pipeline, accelerator, folder, base)
+    trainer = Trainer(config, pipeline, accelerator, folder, base, tokens)
     if accelerator.is_main_process:
         begin()
     accelerator.wait_for_everyone()
@@ -148,6 +150,8 @@ def _finish(
     from expunge.train.objectives import OBJECTIVES
 
     concept = yaml.safe_load(dump(config))["concept"]
+    # A path says nothing to whoever gets the LoRA; the content does.
+    concept["tokens"] = progress.tokens
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,
