@@ -25,6 +25,7 @@ from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay, Rollout
 from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
+from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd
 from expunge.train.preserve import Preserve
 from expunge.train.train_erase import train
@@ -81,6 +82,13 @@ OBJECTIVES = {
     "density": {
         "objective": Density(density=ClipText(threshold=-1.0), places=2),
         "latents": Replay(steps=3, source="student", rollouts=2, refresh=3),
+    },
+    "hfi": {
+        "objective": Hfi(ema_decay=0.9),
+        "latents": Rollout(steps=3, source="ema", times="beta"),
+        "concept": Concept(
+            targets=["a <it>"], preserve=["", "a key"], tokens=[str(ROOT / "tests/data/it.safetensors")]
+        ),
     },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {

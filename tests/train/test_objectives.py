@@ -14,6 +14,7 @@ from expunge.train.config import TrainConfig
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.objectives.base import ClosedForm, Objective, mse
 from expunge.train.objectives.esd import Esd, esd_target
+from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd, sdd_target
 from expunge.train.predictions import NETWORKS
 
@@ -57,6 +58,14 @@ def test_sdd_makes_latents_with_all_targets_and_learns_one() -> None:
     assert {learnt for _, learnt in drawn} == set(CONCEPT.prompts())
     made, learnt = Sdd(latents_prompt="single").prompts(CONCEPT, rng)
     assert made == learnt
+
+
+def test_hfi_is_sdd_of_one_target() -> None:
+    rng = random.Random(0)
+    made, learnt = Hfi().prompts(Concept(targets=["<bomb>"]), rng)
+    assert made == learnt == "<bomb>"
+    predictions = {"student/concept": ep, "student_sg/null": e0}
+    assert torch.equal(Hfi().loss(predictions), Sdd().loss(predictions))
 
 
 def test_mse_is_of_each_sample() -> None:

@@ -13,6 +13,10 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.sdd:Sdd",
             "safe self-distillation: onto the empty prompt, EMA teacher (arXiv 2307.05977)",
         ),
+        "hfi": Entry(
+            "expunge.train.objectives.hfi:Hfi",
+            "human feedback inversion: SDD of a soft token from feedback (arXiv 2407.21032)",
+        ),
         "density": Entry(
             "expunge.train.objectives.density:Density",
             "what the guard would do, learnt: erases where p_h sees the concept (ours)",
