@@ -44,7 +44,7 @@ class Inversion:
     vectors: int = 2
     initial: str = ""
     templates: list[str] = field(default_factory=lambda: ["{}", "a picture of {}"])
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 8
     learning_rate: float = 1e-2
     repel: float = 1.0

@@ -104,7 +104,8 @@ class Rollout:
         τ = 1 - (torch.arange(1, self.steps, dtype=torch.float64) + 0.5) / self.steps
         a, b = self.beta
         weights = τ ** (a - 1) * (1 - τ) ** (b - 1)
-        return 1 + torch.multinomial(weights, n, replacement=True, generator=generator)
+        share = torch.rand(n, dtype=torch.float64, generator=generator) * weights.sum()
+        return 1 + torch.searchsorted(weights.cumsum(0), share).clamp(max=self.steps - 2)
 
     def open(self) -> Source:
         """Keeps nothing."""
