@@ -184,8 +184,8 @@ def _start(pipeline: Any, words: Tensor, how: Inversion, generator: torch.Genera
     ids = soft_tokens.token_ids(pipeline, how.initial)[1:-1]
     if not ids:
         raise UserError(f"got initial {how.initial!r}; allowed: a text of one word or more")
-    ids = (ids + [ids[-1]] * how.vectors)[: how.vectors]
-    return pipeline.text_encoder.get_input_embeddings().weight[ids].detach().float().clone()
+    table: Tensor = pipeline.text_encoder.get_input_embeddings().weight
+    return table[(ids + [ids[-1]] * how.vectors)[: how.vectors]].detach().float().clone()
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.feedback.collect import LABELS, PICTURES, collect
-from expunge.feedback.labels import NO, YES, Labels, read_labels
+from expunge.feedback.labels import NO, OPEN, YES, Labels, read_labels
 from expunge.inversion import Inversion
-from expunge.schema import encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +124,7 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
     from expunge.clip import load_clip
     from expunge.densities.clip_head import write_head
     from expunge.densities.head_training import learn
-    from expunge.pictures import read_picture
+    from expunge.pictures import read_picture, save_png
     from expunge.results import (
         fresh_output_dir,
         provenance,
@@ -162,28 +161,21 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
     about = {"model": config.model, "seed": config.seed, "inversion": asdict(config.inversion)}
     soft_tokens.write(folder / TOKENS, token, about)
     write_head(folder / REWARD, head, {"classes": [NO, YES], "held_out": asdict(report)})
-    _save_sheet(sheet, folder / SAMPLES)
+    save_png(sheet, folder / SAMPLES)
     write_text_atomic(folder / TRAIN, train_yaml(config, labels))
     fifth = max(1, len(losses) // 5)
     result = {
         "schema_version": 1,
         "token": config.token,
-        "model": config.model,
-        "seed": config.seed,
-        "labels": {
-            "source": str(labels.source),
-            YES: len(labels.having(YES)),
-            NO: len(labels.having(NO)),
-            "unlabelled": len(labels.files) - len(files),
-        },
+        **about,
+        "labels": _labels(labels),
         "reward": _reward(report, head),
-        "inversion": encode(config.inversion)
-        | {
-            "loss_first_fifth": sum(losses[:fifth]) / fifth,
-            "loss_last_fifth": sum(losses[-fifth:]) / fifth,
-            "norms": token.vectors[0].norm(dim=1).tolist(),
-            "encoder_sha256": token.encoder,
+        "loss": {
+            "first_fifth": sum(losses[:fifth]) / fifth,
+            "last_fifth": sum(losses[-fifth:]) / fifth,
         },
+        "norms": token.vectors[0].norm(dim=1).tolist(),
+        "encoder_sha256": token.encoder,
         "drawn": drawn,
         "seconds": round(time.perf_counter() - begun, 1),
         "sha256": {name: sha256_file(folder / name) for name in (TOKENS, REWARD)},
@@ -250,10 +242,10 @@ def _draw(config: FeedbackConfig, pipeline: Any, head: Head) -> tuple[dict[str, 
     return {"seen": found.to_dict(), "by": judge}, pictures.sheet(rows, prompts)
 
 
-def _save_sheet(sheet: Any, file: Path) -> None:
-    from expunge.pictures import save_png
-
-    save_png(sheet, file)
+def _labels(labels: Labels) -> dict[str, Any]:
+    """Whose labels, how many, and their hash."""
+    counts = {label or "open": len(labels.having(label)) for label in (YES, NO, OPEN)}
+    return {"source": str(labels.source), **counts, "sha256": labels.sha256()}
 
 
 def _reward(report: HeadReport, head: Head) -> dict[str, Any]:
@@ -304,8 +296,7 @@ def train_yaml(config: FeedbackConfig, labels: Labels) -> str:
     head = (
         f"# HFI: erase {config.token}, which {len(labels.having(YES))} yes and "
         f"{len(labels.having(NO))} no taught.\n#\n"
-        "# Nothing but the empty prompt is known to be harmless here unless concept.preserve has "
-        "more.\n"
+        "# Held is what concept.preserve lists and no more: add what must stay.\n"
         f"# Launch: accelerate launch train_erase.py --config {folder / TRAIN} --output_dir OUT\n"
     )
     return head + yaml.safe_dump(run, sort_keys=False, allow_unicode=True)

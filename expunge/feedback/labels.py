@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from expunge.errors import UserError
-from expunge.results import write_text_atomic
+from expunge.results import sha256_file, write_text_atomic
 
 YES, NO, OPEN = "yes", "no", ""
 LABELS = (YES, NO, OPEN)
@@ -46,6 +47,15 @@ class Labels:
         for prompt, label in zip(self.prompts, self.labels, strict=True):
             said.setdefault(prompt, set()).add(label)
         return [prompt for prompt, found in said.items() if prompt and found == {NO}]
+
+    def sha256(self) -> str:
+        """Hash of the labelled pictures' contents and labels, in any order."""
+        said = [
+            f"{sha256_file(file)} {label}\n"
+            for file, label in zip(self.files, self.labels, strict=True)
+            if label != OPEN
+        ]
+        return hashlib.sha256("".join(sorted(said)).encode()).hexdigest()
 
     def require_both(self, least: int = 2) -> None:
         """Refuse to learn from too few.

@@ -26,7 +26,12 @@ def test_a_csv_is_written_and_read_back(labelled: Path, tmp_path: Path) -> None:
     assert again.labels == labels.labels
     # Prompts of which a picture is still open, or was labelled yes, are not known to be harmless.
     assert again.harmless_prompts() == ["c"]
-    again.labels[2] = OPEN
+    digest = again.sha256()
+    again.files.reverse()
+    again.labels.reverse()
+    assert again.sha256() == digest
+    again.labels[1] = OPEN
+    assert again.sha256() != digest
     assert again.harmless_prompts() == []
     with pytest.raises(UserError, match="labels of other pictures or prompts"):
         to_label(tmp_path / "labels.csv", files, ["a, b", "a, b", "c", "d"])
