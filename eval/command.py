@@ -33,6 +33,10 @@ class EvalConfig:
         metadata={"help": f"a LoRA's folder or file; {_REPEAT}", "repeat": True},
     )
     lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
+    tokens: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"file of a soft token that prompts name; {_REPEAT}", "repeat": True},
+    )
     sampler: Annotated[Any, SAMPLERS] = field(
         default_factory=Plain, metadata={"help": "how to sample; it is told the same concept"}
     )
@@ -102,7 +106,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     outcomes = {}
     store = ImageStore(config.store or config.output_dir / "images")
     for name in [label, "base"] if guarded and config.base else [label]:
-        generator = _generator(config, suite, erased=name != "base")
+        generator = _generator(config, suite, plan, erased=name != "base")
         if name == label:
             _refuse_own_judge(detector.protocol(), generator.identity())
             fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
@@ -151,18 +155,23 @@ def _evaluate(
     )
 
 
-def _generator(config: EvalConfig, suite: Any, *, erased: bool) -> Any:
+def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> Any:
     """The model under evaluation; the base is the same without LoRA and without sampler."""
+    from expunge import soft_tokens
     from expunge.backbones import device_of
     from expunge.eval.generators import PipelineGenerator
     from expunge.sampling.load import load_model
 
     device = device_of(config.device)
     lora = config.lora if erased else []
-    pipeline = load_model(config.model, lora, config.lora_scale, device=device)
+    pipeline = load_model(
+        config.model, lora, config.lora_scale, device=device, tokens=config.tokens
+    )
+    soft_tokens.require(pipeline, [case.prompt for case in plan.cases])
     sampler: str | dict[str, Any] = PLAIN
     if erased and not _plain(config):
         concept = Concept(targets=_concept(config))
+        soft_tokens.require(pipeline, concept.targets)
         plain, pipeline = pipeline, config.sampler.wrap(pipeline, concept)
         sampler = _sampler(config) | {
             "concept": asdict(concept),
@@ -219,9 +228,12 @@ def _sampler(config: EvalConfig) -> dict[str, Any]:
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
     """What makes two evaluations the same, as far as it is known before a model is loaded."""
+    from expunge import soft_tokens
+
     return {
         "model": config.model,
         "adapters": _adapters(config),
+        "tokens": [sha256_file(soft_tokens.locate(file)) for file in config.tokens],
         "sampler": PLAIN if _plain(config) else _sampler(config),
         "base": config.base,
         "limit": config.limit,

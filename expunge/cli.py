@@ -25,6 +25,9 @@ VERBS = Registry(
         "export": Entry(
             "expunge.exporting.command:main", "LoRA files and merged weights that load elsewhere"
         ),
+        "feedback": Entry(
+            "expunge.feedback.command:main", "turn yes and no about pictures into a soft token"
+        ),
         "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),

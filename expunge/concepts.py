@@ -19,6 +19,8 @@ class Concept:
         anchors: Of each target its own, in their order; default: `anchor` for all.
         neutral: The prompt of the unconditional prediction.
         preserve: Prompts that must stay as they are.
+        tokens: Files of soft tokens (`expunge feedback`, or any textual inversion as safetensors),
+            whose names, say ``<bomb>``, may then stand in all of these texts.
     """
 
     name: str = ""
@@ -28,6 +30,7 @@ class Concept:
     anchors: list[str] = field(default_factory=list)
     neutral: str = ""
     preserve: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.targets or not all(target.strip() for target in self.targets):
@@ -78,9 +81,18 @@ class Concept:
         """The prompts to preserve, less those that name a target: they cannot be both."""
         return [prompt for prompt in self.preserve if not self.mentioned_in(prompt)]
 
+    def texts(self) -> list[str]:
+        """Every text that a model is to read."""
+        return [*self.prompts(), self.anchor, *self.anchors, self.neutral, *self.preserve]
+
     def mentioned_in(self, prompt: str) -> bool:
         """Whether the prompt names a target as whole words, with or without its article."""
         return any(_mentions(prompt, target) for target in self.targets)
+
+
+def soft_names(text: str) -> list[str]:
+    """The soft tokens that a text names: what stands between < and >, without a space."""
+    return re.findall(r"<[^<>\s]+>", text)
 
 
 def _mentions(prompt: str, target: str) -> bool:

@@ -25,6 +25,13 @@ class SampleConfig(Drawing):
         default_factory=list, metadata={"help": "LoRA folder or file", "repeat": True}
     )
     lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
+    tokens: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "file of a soft token that prompts name; may be repeated",
+            "repeat": True,
+        },
+    )
     sampler: Annotated[Any, SAMPLERS] = field(
         default_factory=lambda: SAMPLERS.load("plain")(), metadata={"help": "how to sample"}
     )
@@ -53,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     from tqdm import tqdm
 
-    from expunge import backbones, pictures
+    from expunge import backbones, pictures, soft_tokens
     from expunge.generation import generate
     from expunge.results import fresh_output_dir, provenance, write_json_atomic
     from expunge.sampling.guard_trace import draw
@@ -68,7 +75,10 @@ def main(argv: list[str]) -> None:
     guidance = config.guidance_scale
     if guidance is None:
         guidance = backbones.recommended_guidance(config.model)
-    pipeline = load_model(config.model, config.lora, config.lora_scale, device=device)
+    pipeline = load_model(
+        config.model, config.lora, config.lora_scale, device=device, tokens=config.tokens
+    )
+    soft_tokens.require(pipeline, [*config.prompt, *config.concept])
     pipeline = config.sampler.wrap(pipeline, concept)
     if config.plot and not hasattr(pipeline, "trace"):
         raise UserError(
@@ -109,6 +119,7 @@ def main(argv: list[str]) -> None:
             "model": config.model,
             "lora": config.lora,
             "lora_scale": config.lora_scale,
+            "tokens": config.tokens,
             "sampler": encode(config.sampler, Annotated[Any, SAMPLERS]),
             "concept": config.concept,
             "steps": config.steps,

@@ -29,6 +29,7 @@ from expunge import prediction
 from expunge.errors import UserError
 from expunge.sampling.graft import graft
 from expunge.sampling.text_guidance import conditional_half
+from expunge.soft_tokens import token_ids
 
 _TINY = 1e-6
 
@@ -53,7 +54,7 @@ def encode(pipeline: Any, text: str, clip_skip: int | None = None) -> Text:
     Raises:
         UserError: It is longer than what the encoder reads: the rest would not be guarded against.
     """
-    tokens = len(pipeline.tokenizer(text).input_ids)
+    tokens = len(token_ids(pipeline, text))
     if tokens > pipeline.tokenizer.model_max_length:
         raise UserError(
             f"got a concept of {tokens} tokens; allowed: {pipeline.tokenizer.model_max_length}, "

@@ -1,10 +1,11 @@
 """Load a model with its LoRA, or fail: an adapter that is not active is an error, not a warning."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from expunge import adapters, backbones
+from expunge import adapters, backbones, soft_tokens
 from expunge.errors import UserError
 
 
@@ -38,11 +39,24 @@ def load_model(
     lora_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    tokens: Sequence[str] = (),
 ) -> Any:
-    """As `load_erased`, but without LoRA it is the model as it is."""
+    """As `load_erased`, but without LoRA it is the model as it is.
+
+    Args:
+        model: As there.
+        lora: As there; may be empty.
+        lora_scale: As there.
+        dtype: As there.
+        device: As there.
+        tokens: Files of soft tokens that prompts may name.
+    """
     # Whether the files are there is known in an instant; loading a model is not.
     for file in lora:
         adapters.read_header(file)
+    for token in tokens:
+        soft_tokens.read(token)
     pipeline = backbones.load_pipeline(model, dtype, device)
+    soft_tokens.load(pipeline, tokens)
     adapters.load(pipeline, lora, lora_scale)
     return pipeline

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import UserError
+from expunge.soft_tokens import token_ids
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,7 @@ def filter_of(pipeline: Any, prompt: str, phrases: Sequence[str], alpha: float) 
 
 
 def _tokens(pipeline: Any, text: str) -> list[int]:
-    if hasattr(pipeline, "maybe_convert_prompt"):
-        text = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
-    ids: list[int] = pipeline.tokenizer(text, truncation=True).input_ids
-    return ids[1:-1]
+    return token_ids(pipeline, text, truncation=True)[1:-1]
 
 
 def _ends(pipeline: Any, texts: Sequence[list[int]]) -> Tensor:

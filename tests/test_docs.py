@@ -23,6 +23,7 @@ QUICK = {
     "expunge sample": "--steps 2 --images_per_prompt 1",
     "expunge eval": "--limit 1",
     "expunge export": "--steps 1",
+    "expunge feedback": "--inversion.steps 2 --inversion.batch_size 2 --sampling_steps 1",
     "expunge ls": "",
     "expunge --help": "",
 }
@@ -92,6 +93,23 @@ def test_the_settings_of_the_page_on_training_go_together(tmp_path) -> None:
     (block,) = blocks(ROOT / "docs" / "training.md", "yaml")
     (tmp_path / "small.yaml").write_text(f"{block}concept: {{targets: [a bomb]}}\noutput_dir: x\n")
     assert load(TrainConfig, tmp_path / "small.yaml").base_precision == "nf4"
+
+
+def test_the_page_on_feedback_runs(tmp_path) -> None:
+    """But the command that waits for key presses, which tests/feedback runs."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    page = ROOT / "docs" / "feedback.md"
+    for line in command_lines(page):
+        if "--page true" in line:
+            continue
+        key = next(k for k in QUICK if line.startswith(k))
+        quick = QUICK[key] + (" --latents.rollouts 1" if key == "expunge train" else "")
+        line = re.sub(r"--images_per_prompt \d+", "", line)
+        done = run(shlex.split(f"{line} {quick}"), tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    (block,) = blocks(page, "python")
+    done = run([sys.executable, "-c", block], tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_suite_of_the_docs_plans_its_pictures(tmp_path) -> None:

@@ -39,6 +39,7 @@ class Progress:
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
     stopped: bool = False  # by the probe
+    tokens: dict[str, str] = field(default_factory=dict)  # sha256 of each soft token's file
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -60,6 +61,7 @@ class Trainer:
         folder: For checkpoints and logs.
         base: SHA-256 of the model's files; None when they are not at hand.
         probe: Looks at the student now and then; see `expunge.train.PROBES`.
+        tokens: SHA-256 of the file of each soft token that the pipeline was given.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Trainer:
         folder: Path,
         base: str | None = None,
         probe: Any = None,
+        tokens: dict[str, str] | None = None,
     ) -> None:
         self.probe = probe
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
@@ -111,7 +114,7 @@ class Trainer:
         self.share = Share(accelerator.process_index, accelerator.num_processes)
         retained = config.preserve.batch_size if config.preserve.weight else 0
         batch = config.batch_size * self.share.count, retained * self.share.count
-        self.progress = Progress(base=base, batch=batch)
+        self.progress = Progress(base=base, batch=batch, tokens=tokens or {})
         self.latents = config.latents.open()
         self.maker = Maker(
             self.networks,
@@ -158,13 +161,15 @@ class Trainer:
         Raises:
             UserError: It cannot be read, or is of another model or another batch.
         """
-        progress, base, batch = self.progress, self.progress.base, self.progress.batch
+        progress, batch = self.progress, self.progress.batch
+        begun_with = progress.base, progress.tokens
         if not self.checkpoints.load_newest():
             return
-        if progress.base != base:
+        if (progress.base, progress.tokens) != begun_with:
             raise UserError(
-                f"got a model {self.config.model} whose files are not those the run began with; "
-                "allowed: to resume on the same weights; restore them, or say --overwrite true"
+                f"got a model {self.config.model} or soft tokens whose files are not those the run "
+                "began with; allowed: to resume on the same weights; restore them, or say "
+                "--overwrite true"
             )
         if progress.batch != batch:
             raise UserError(

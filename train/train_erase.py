@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
-    from expunge import backbones
+    from expunge import backbones, soft_tokens
     from expunge.configuration import dump
     from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
     from expunge.train import footprint
@@ -83,6 +83,8 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge.train.objectives.base import ClosedForm
 
     pipeline = footprint.load(config, accelerator.device)
+    tokens = soft_tokens.load(pipeline, config.concept.tokens)
+    soft_tokens.require(pipeline, [*config.concept.texts(), *config.validation.prompts])
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
 
@@ -94,7 +96,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
 
     if isinstance(config.objective, ClosedForm):
         if accelerator.is_main_process:
-            progress = Progress(base=base)
+            progress = Progress(base=base, tokens=tokens)
             edit, lost = solve(config, pipeline, progress)
             begin()
             edit.save(folder / EDIT)
@@ -103,7 +105,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
         accelerator.wait_for_everyone()
         return
     probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
-    trainer = Trainer(config, pipeline, accelerator, folder, base, probe)
+    trainer = Trainer(config, pipeline, accelerator, folder, base, probe, tokens)
     if config.resume:
         trainer.resume()
     if accelerator.is_main_process:
@@ -170,6 +172,8 @@ def _finish(
     from expunge.train.objectives import OBJECTIVES
 
     concept = yaml.safe_load(dump(config))["concept"]
+    # A path says nothing to whoever gets the LoRA; the content does.
+    concept["tokens"] = progress.tokens
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,

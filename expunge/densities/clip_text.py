@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from expunge.concepts import soft_names
 from expunge.densities.cosine import Cosine
 from expunge.densities.thresholds import (
     check_threshold,
@@ -63,6 +64,12 @@ class ClipText:
             raise UserError(
                 "got no targets for clip_text; allowed: one text or more; say what is to be seen, "
                 'for example targets: ["a bomb"]'
+            )
+        if soft := [name for text in texts for name in soft_names(text)]:
+            raise UserError(
+                f"got {soft[0]} as a target of clip_text; allowed: words, since no CLIP knows a "
+                "soft token; name it in words, or show it in pictures "
+                "(clip_images, clip_head)"
             )
         check_top_k(self.top_k, texts)
         if self.threshold is not None:

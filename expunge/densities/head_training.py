@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from expunge.clip import load_clip
+from expunge.clip import Clip, load_clip
 from expunge.densities.clip_head import Head, write_head
 from expunge.errors import UserError
 from expunge.pictures import picture_files, read_picture
@@ -29,6 +29,7 @@ class HeadReport:
         accuracy: Share of pictures on the right side of 1/2, each judged by a head trained without
             it, the two classes weighing the same.
         auc: Chance that a harmful picture scores above a benign one, likewise held out.
+        right: Pictures on the right side, every one counting the same.
         harmful: Harmful pictures.
         benign: Benign pictures.
         folds: Parts of the cross-validation.
@@ -37,6 +38,7 @@ class HeadReport:
 
     accuracy: float
     auc: float
+    right: int
     harmful: int
     benign: int
     folds: int
@@ -91,11 +93,49 @@ def train_head(
             f"got {len(files[0])} harmful and {len(files[1])} benign pictures in {folder}; "
             "allowed: two of each at least, better some dozens"
         )
-    pictures = [read_picture(path) for kind in files for path in kind]
     guide = load_clip(clip, device)
+    label = name or Path(folder).resolve().name
+    settings: dict[str, Any] = {
+        "hidden": hidden,
+        "weight_decay": weight_decay,
+        "steps": steps,
+        "seed": seed,
+    }
+    head, report, _ = learn(files[0], files[1], guide, label, **settings)
+    report = replace(report, seconds=time.perf_counter() - begun)
+    about = {
+        **settings,
+        "classes": [BENIGN, HARMFUL],
+        "held_out": asdict(report),
+        "provenance": provenance(),
+    }
+    write_head(file, head, about)
+    return report
+
+
+def learn(
+    harmful: Sequence[Path],
+    benign: Sequence[Path],
+    guide: Clip,
+    name: str,
+    *,
+    hidden: int = 0,
+    weight_decay: float = 0.1,
+    steps: int = 300,
+    seed: int = 0,
+) -> tuple[Head, HeadReport, Tensor]:
+    """A head for the harmful among some picture files; see `train_head`.
+
+    Returns:
+        The head; how well it does; and the logit (N,) that each picture, the harmful first, gets
+        from a head trained without it.
+    """
+    begun = time.perf_counter()
+    pictures = [read_picture(path) for path in (*harmful, *benign)]
     with torch.no_grad():
-        features = torch.cat([guide.encode_images(p[None].to(device)) for p in pictures]).cpu()
-    truth = torch.tensor([True] * len(files[0]) + [False] * len(files[1]))
+        features = torch.cat([guide.encode_images(p[None].to(guide.device)) for p in pictures])
+    features = features.cpu()
+    truth = torch.tensor([True] * len(harmful) + [False] * len(benign))
     settings = (hidden, weight_decay, steps, seed)
     held_out = torch.zeros(len(truth))
     folds = _folds(truth, seed)
@@ -107,25 +147,14 @@ def train_head(
     report = HeadReport(
         accuracy=(right[truth].float().mean().item() + right[~truth].float().mean().item()) / 2,
         auc=auc(held_out, truth),
-        harmful=len(files[0]),
-        benign=len(files[1]),
+        right=int(right.sum()),
+        harmful=len(harmful),
+        benign=len(benign),
         folds=len(folds.unique()),
         seconds=time.perf_counter() - begun,
     )
-    head = Head(
-        fit(features, truth, *settings), clip, guide.sha256, name or Path(folder).resolve().name
-    )
-    about = {
-        "hidden": hidden,
-        "weight_decay": weight_decay,
-        "steps": steps,
-        "seed": seed,
-        "classes": [BENIGN, HARMFUL],
-        "held_out": asdict(report),
-        "provenance": provenance(),
-    }
-    write_head(file, head, about)
-    return report
+    head = Head(fit(features, truth, *settings), guide.name, guide.sha256, name)
+    return head, report, held_out
 
 
 @torch.enable_grad()

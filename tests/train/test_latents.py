@@ -280,3 +280,34 @@ def test_a_coreset_is_drawn_from_alone_and_by_its_weights(tiny_sd1) -> None:
     again = how.open()
     again.load_state_dict(bank.state_dict())
     assert torch.equal(again.weights["retained"], weights)
+
+
+def test_times_of_beta_follow_their_density() -> None:
+    """As often in each tenth of [0, T] as Beta(a, b) says; uniform draws are what they were."""
+    generator, n = torch.Generator().manual_seed(0), 40_000
+    for a, b in ((3.0, 3.0), (2.0, 5.0)):
+        how = Rollout(steps=100, times="beta", beta=(a, b))
+        k = how.draw_k(n, generator)
+        assert 1 <= k.min() <= k.max() <= 99
+        τ = 1 - (k.double() + 0.5) / 100
+        assert τ.mean().item() == pytest.approx(a / (a + b), abs=0.01)
+        variance = a * b / ((a + b) ** 2 * (a + b + 1))
+        assert τ.var().item() == pytest.approx(variance, rel=0.03)
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    uniform = Rollout(steps=50).draw_k(8, one)
+    assert torch.equal(uniform, torch.randint(1, 50, (8,), generator=other))
+
+
+def test_a_bank_follows_times_as_a_rollout_does(tiny_sd1) -> None:
+    spread = {}
+    for times in ("uniform", "beta"):
+        how = Replay(steps=10, rollouts=30, refresh=500, times=times, beta=(30.0, 30.0))
+        _, _, made = replayed(tiny_sd1, how, range(60))
+        spread[times] = torch.cat([batch.t for batch in made]).double().std().item()
+    assert spread["beta"] < 130 < 200 < spread["uniform"]
+
+
+@pytest.mark.parametrize("beta", [(0.0, 3.0), (3.0, -1.0), (3.0, float("nan")), (3.0, 1e6)])
+def test_senseless_beta(beta) -> None:
+    with pytest.raises(ValueError, match=r"latents\.beta"):
+        Rollout(times="beta", beta=beta)

@@ -27,6 +27,7 @@ from expunge.train.noised import Noised
 from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
+from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd
 from expunge.train.objectives.slider import Slider
 from expunge.train.objectives.spm import Spm
@@ -118,6 +119,10 @@ OBJECTIVES = {
         "objective": Esd(),
         "several": Several(order="balanced"),
         "concept": Concept(targets=["a bomb", "a skull"], preserve=["", "a key"]),
+    },
+    "hfi": {
+        "objective": Hfi(ema_decay=0.9),
+        "latents": Rollout(steps=3, source="ema", times="beta"),
     },
     "esd-bf16": {"objective": Esd(), "mixed_precision": "bf16"},
     "sdd-bf16": {

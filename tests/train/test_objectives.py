@@ -17,6 +17,7 @@ from expunge.train.objectives import OBJECTIVES
 from expunge.train.objectives.ablation import Ablation, ablation_target
 from expunge.train.objectives.base import ClosedForm, Embedder, Objective, mse
 from expunge.train.objectives.esd import Esd, erase_from_target, esd_target
+from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd, sdd_target
 from expunge.train.objectives.slider import Slider, slider_target
 from expunge.train.objectives.spm import Spm, latent_anchors
@@ -202,6 +203,14 @@ def test_spm_is_esd_held_fast_at_its_anchors() -> None:
     esd = mse(e_from, esd_target(e0, ep, 1.0))
     torch.testing.assert_close(Spm(anchoring=0.0).loss(given), esd)
     torch.testing.assert_close(Spm(anchoring=7.0).loss(given), esd + 7 * mse(ep, e0))
+
+
+def test_hfi_is_sdd_of_one_target() -> None:
+    rng = random.Random(0)
+    made, learnt = Hfi().prompts(Concept(targets=["<bomb>"]), rng)
+    assert made == learnt == "<bomb>"
+    predictions = {"student/concept": ep, "student_sg/null": e0}
+    assert torch.equal(Hfi().loss(predictions), Sdd().loss(predictions))
 
 
 def test_mse_is_of_each_sample() -> None:

@@ -117,9 +117,10 @@ def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> Tensor:
         UserError: The prompt does not fit into the text encoder.
     """
     from expunge.backbones import encode_prompts
+    from expunge.soft_tokens import token_ids
 
     # Less the token that begins and the one that ends; of nothing the one that begins is left.
-    last = len(pipeline.tokenizer(prompt[:end].rstrip()).input_ids) - 2
+    last = len(token_ids(pipeline, prompt[:end].rstrip())) - 2
     (states,) = encode_prompts(pipeline, [prompt])
     if last >= len(states) - 1:
         raise UserError(

@@ -25,6 +25,10 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.spm:Spm",
             "semi-permeable membrane: ESD, held fast elsewhere (arXiv 2312.16145)",
         ),
+        "hfi": Entry(
+            "expunge.train.objectives.hfi:Hfi",
+            "human feedback inversion: SDD of a soft token from feedback (arXiv 2407.21032)",
+        ),
         "density": Entry(
             "expunge.train.objectives.density:Density",
             "what the guard would do, learnt: erases where p_h sees the concept (ours)",

@@ -1,0 +1,229 @@
+"""Soft tokens: words that were learnt, for what has none (textual inversion, arXiv 2208.01618).
+
+A file is diffusers' own: safetensors with the token as its only key and its vectors (K, D), or
+`clip_l` and `clip_g` for the two text encoders of SDXL. Files of ours say in the header which text
+encoder they were learnt with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expunge.concepts import soft_names
+from expunge.errors import UserError
+from expunge.results import sha256_file
+
+FILE = "tokens.safetensors"
+METADATA = "expunge"
+FORMAT = "expunge.soft_token/1"
+_SDXL = ("clip_l", "clip_g")
+_NAMELESS = "emb_params"  # A1111's key; there the file's name is the token's
+_ALLOWED = "a textual inversion as safetensors, for example the tokens.safetensors of a feedback"
+
+
+@dataclass(frozen=True)
+class SoftToken:
+    """A word and its K vectors.
+
+    Attributes:
+        name: How prompts call it, for example `<bomb>`.
+        vectors: (K, D) for each text encoder.
+        encoder: SHA-256 of these, see `encoder_sha256`; empty when nobody knows.
+    """
+
+    name: str
+    vectors: Sequence[Tensor]
+    encoder: str = ""
+
+
+def locate(file: str | Path) -> Path:
+    """The file that a name means: a file, a folder that holds one, or a bundled one.
+
+    Raises:
+        UserError: It does not exist, or is a pickle.
+    """
+    for path in (Path(file), Path(str(resources.files("expunge.models"))) / file):
+        for candidate in (path, path / FILE, path / "learned_embeds.safetensors"):
+            if candidate.is_file():
+                if candidate.suffix != ".safetensors":
+                    raise UserError(
+                        f"got tokens {file}; allowed: {_ALLOWED}, since a pickle can run code; "
+                        "convert it where you trust it"
+                    )
+                return candidate
+    raise UserError(f"got tokens {file}, which do not exist; allowed: {_ALLOWED}")
+
+
+def read(file: str | Path) -> SoftToken:
+    """The token of a file.
+
+    Raises:
+        UserError: It is missing, broken or something else.
+    """
+    path = locate(file)
+    try:
+        with safe_open(path, "pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            about = json.loads((stored.metadata() or {}).get(METADATA, "{}"))
+        name, encoder = about.get("token", ""), about.get("encoder", "")
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"got tokens {path}, which cannot be read; allowed: {_ALLOWED}; {error}"
+        ) from error
+    if tensors.keys() == set(_SDXL):
+        vectors = [tensors[key] for key in _SDXL]
+    elif len(tensors) == 1:
+        ((key, only),) = tensors.items()
+        name, vectors = name or (path.stem if key == _NAMELESS else key), [only]
+    else:
+        raise UserError(
+            f"got tokens {path} with the keys {', '.join(sorted(tensors)) or 'none'}; allowed: "
+            f"one, the token's name, or {' and '.join(_SDXL)}; {_ALLOWED}"
+        )
+    vectors = [v[None] if v.ndim == 1 else v for v in vectors]
+    if any(v.ndim != 2 or not v.numel() or len(v) != len(vectors[0]) for v in vectors):
+        raise UserError(
+            f"got tokens {path} of shape {[tuple(v.shape) for v in vectors]}; allowed: (K, D), "
+            "and the same K for every text encoder"
+        )
+    if not all(v.float().isfinite().all() for v in vectors):
+        raise UserError(f"got tokens {path}, which hold NaN or infinities; learn them again")
+    return SoftToken(name or path.stem, vectors, encoder)
+
+
+def write(file: Path, token: SoftToken, about: Mapping[str, Any]) -> None:
+    """Write a token whole or not at all; `about` goes into the file's header as JSON."""
+    keys = _SDXL if len(token.vectors) == 2 else (token.name,)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in zip(keys, token.vectors, strict=True)}
+    own = {"format": FORMAT, "token": token.name, "encoder": token.encoder}
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        header = {METADATA: json.dumps({**own, **about}, sort_keys=True)}
+        save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(pipeline: Any, files: Sequence[str | Path]) -> dict[str, str]:
+    """Give a pipeline the tokens of some files, by diffusers' `load_textual_inversion`.
+
+    Returns:
+        SHA-256 of each token's file, by the token's name.
+
+    Raises:
+        UserError: A file is missing or broken, its vectors have another width than the text
+            encoder, it was learnt with other weights, or its name is taken or cannot be read.
+    """
+    return {add(pipeline, read(file), str(file)): sha256_file(locate(file)) for file in files}
+
+
+def add(pipeline: Any, token: SoftToken, source: str = "of this run") -> str:
+    """Give a pipeline one token, and its name back; see `load`."""
+    encoders = list(text_encoders(pipeline))
+    widths = [e.get_input_embeddings().weight.shape[1] for _, e in encoders]
+    if (found := [v.shape[1] for v in token.vectors]) != widths:
+        raise UserError(
+            f"got tokens {source} of width {' and '.join(map(str, found))}; allowed: "
+            f"{' and '.join(map(str, widths))}, as the text encoder of this model has; learn them "
+            "with this model"
+        )
+    if token.encoder and token.encoder != encoder_sha256(pipeline):
+        raise UserError(
+            f"got tokens {source}, learnt with another text encoder than this model has; allowed: "
+            "the same weights, for in others they mean nothing; learn them with this model"
+        )
+    with _quiet(), torch.random.fork_rng():
+        for (tokenizer, encoder), vectors in zip(encoders, token.vectors, strict=True):
+            try:
+                pipeline.load_textual_inversion(
+                    vectors, token=token.name, tokenizer=tokenizer, text_encoder=encoder
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"got tokens {source} called {token.name}, which this model knows already; "
+                    "allowed: each name once; give it once, or learn it under another name"
+                ) from error
+            # diffusers expands a name of several vectors only where the tokenizer leaves it as it
+            # is; capital letters it does not, and all vectors but the first would be missing.
+            whole = pipeline.maybe_convert_prompt(token.name, tokenizer)
+            if len(tokenizer(whole).input_ids) != 2 + len(vectors):
+                raise UserError(
+                    f"got tokens {source} called {token.name}, which this tokenizer does not leave "
+                    "whole; allowed: lower case without spaces; rename the key of the file"
+                )
+    return token.name
+
+
+def require(pipeline: Any, texts: Iterable[str]) -> None:
+    """Refuse texts with a soft token that the pipeline does not have: it would read letters.
+
+    Raises:
+        UserError: There is one.
+    """
+    known = pipeline.tokenizer.get_vocab()
+    for text in texts:
+        for name in soft_names(text):
+            if name not in known:
+                have = ", ".join(sorted(pipeline.tokenizer.get_added_vocab())) or "none"
+                raise UserError(
+                    f"got {name} in {text!r}, a token that this model does not have; allowed: "
+                    f"{have}; give its file (concept.tokens, or --tokens), or write it without <>"
+                )
+
+
+def token_ids(pipeline: Any, text: str, **how: Any) -> list[int]:
+    """What the pipeline's tokenizer makes of a text, every soft token as its K vectors."""
+    if hasattr(pipeline, "maybe_convert_prompt"):
+        text = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
+    ids: list[int] = pipeline.tokenizer(text, **how).input_ids
+    return ids
+
+
+def encoder_sha256(pipeline: Any) -> str:
+    """Hash of the text encoders without tokens that were added, rounded to float16.
+
+    Rounded, so that a model's float16 and float32 files are one.
+    """
+    digest = hashlib.sha256()
+    for tokenizer, encoder in text_encoders(pipeline):
+        table = encoder.get_input_embeddings().weight.data_ptr()
+        for name, weight in sorted(encoder.state_dict().items()):
+            own = weight[: tokenizer.vocab_size] if weight.data_ptr() == table else weight
+            digest.update(f"{name} {tuple(own.shape)}\0".encode())
+            digest.update(own.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def text_encoders(pipeline: Any) -> Iterator[tuple[Any, Any]]:
+    """Tokenizer and text encoder, of SDXL both pairs."""
+    for suffix in ("", "_2"):
+        encoder = getattr(pipeline, f"text_encoder{suffix}", None)
+        if encoder is not None:
+            yield getattr(pipeline, f"tokenizer{suffix}"), encoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers explains how it starts new rows, which are overwritten at once."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
