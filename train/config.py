@@ -138,25 +138,28 @@ class TrainConfig:
                 "got an objective that learns the true noise, with latents that do not know it; "
                 "allowed: latents.type noised"
             )
-        if getattr(self.objective, "wants_anchor", False) and not self.concept.anchor.strip():
+        anchors = map(self.concept.anchor_of, self.concept.targets)
+        if getattr(self.objective, "wants_anchor", False) and not all(map(str.strip, anchors)):
             raise ValueError(
                 "got no concept.anchor with an objective that maps the concept onto one; allowed: "
-                'a text to take its place, say --concept.anchor "a balloon"'
+                'a text to take its place, say --concept.anchor "a balloon", or concept.anchors'
             )
         if self.start is not None and not hasattr(self.start, "fit"):
             raise ValueError(
                 f"got start {type(self.start).__name__}, which is trained; allowed: an objective "
                 "in closed form, uce or rece"
             )
-        if hasattr(self.objective, "fit") and (self.start or self.gate):
+        if hasattr(self.objective, "fit") and (self.start or self.gate or self.robust):
             raise ValueError(
-                "got start or gate with an objective in closed form, which has no training loss; "
-                "allowed: an objective that is trained; leave them out"
+                "got start, gate or robust with an objective in closed form, which has no training "
+                "loss; allowed: an objective that is trained; leave them out"
             )
-        if self.gate and "student/concept" not in getattr(self.objective, "needs", ()):
+        own = "student/concept" in getattr(self.objective, "needs", ("student/concept",))
+        if (self.gate or self.robust) and not own:
             raise ValueError(
-                "got gate with an objective that teaches another prompt than the concept's; "
-                "allowed: one that teaches the concept's; leave out erase_from or subject, or gate"
+                "got gate or robust with an objective that teaches another prompt than the "
+                "concept's; allowed: one that teaches the concept's; leave out erase_from, subject "
+                "and attributes, or gate and robust"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

@@ -27,7 +27,7 @@ def export(to: str, folder: Path, *loras: Path, more: tuple[str, ...] = ()) -> d
     return json.loads((folder / "export.json").read_text())
 
 
-@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2"])
+@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2", "tiny_sdxl"])
 @pytest.mark.parametrize(("group", "rank", "alpha"), [("x", 4, 16.0), ("all", 6, 3.7)])
 def test_a_lora_for_diffusers_is_the_adapter(
     base, group, rank, alpha, request, make_lora, in_place, latents, tmp_path

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from expunge import adapters, backbones
 from expunge.errors import UserError
-from expunge.exporting import deltas, kohya
+from expunge.exporting import kohya
 from expunge.exporting.command import main
 from expunge.exporting.deltas import Delta
 
@@ -87,25 +87,22 @@ def test_a_layer_that_sdxl_has_not_is_refused(sdxl) -> None:
 
 
 @pytest.mark.parametrize("group", ["x", "u", "all"])
-def test_a_file_for_sdxl_is_read_by_diffusers(tiny_sdxl, tmp_path, latents, group) -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
-    base = latents(pipeline)
-    modules = backbones.modules_of(pipeline.unet, group)
-    for parameter in adapters.attach(pipeline.unet, modules, 4, 10.0, seed=0):
-        parameter.data = torch.randn_like(parameter) * 0.1
-    expected = latents(pipeline)
-    layers = deltas.read(pipeline, adapters.NAME)
-    digests = kohya.write(layers, pipeline, tmp_path, "erase", torch.float32, ABOUT)
-    keys = load_file(tmp_path / "erase.safetensors")
-    assert list(digests) == ["erase.safetensors"]
-    assert len(keys) == 3 * len(modules)
+def test_a_file_for_sdxl_is_read_by_diffusers(
+    tiny_sdxl, make_lora, in_place, latents, tmp_path, group
+) -> None:
+    lora = make_lora(tiny_sdxl, group, 4, 10.0)
+    main(["--lora", str(lora), "--to", "kohya", "--output_dir", str(tmp_path / "out")])
+    file = tmp_path / "out" / "erase-bomb.safetensors"
+    keys = load_file(file)
+    assert 2 * len(keys) == 3 * len(load_file(lora))
     assert any(key.startswith("lora_unet_input_blocks_3_1_transformer_blocks_0_") for key in keys)
     assert not any("down_blocks" in key for key in keys)
-    fresh = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
-    fresh.load_lora_weights(tmp_path, weight_name="erase.safetensors")
-    assert (latents(fresh) - expected).abs().max() < 1e-4
-    assert (base - expected).abs().max() > 1e-2
-    with safe_open(tmp_path / "erase.safetensors", "pt") as stream:
+    plain = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    expected = latents(in_place(tiny_sdxl, lora))
+    assert (latents(plain) - expected).abs().max() > 1e-2
+    plain.load_lora_weights(file.parent, weight_name=file.name)
+    assert (latents(plain) - expected).abs().max() < 1e-4
+    with safe_open(file, "pt") as stream:
         header = stream.metadata()
     assert header["ss_base_model_version"].startswith("sdxl_")
     assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"

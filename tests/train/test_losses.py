@@ -1,6 +1,7 @@
 """What an objective asks for is what it is given: prompts in their sentences, embeddings, noise."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.slider import Slider
 from expunge.train.objectives.spm import Spm
+from expunge.train.objectives.uce import Uce
 from expunge.train.predictions import Networks
+from expunge.train.robust import Robust
 from expunge.train.share import Share
 from expunge.train.sight import Gate
 
@@ -103,7 +106,32 @@ def test_an_anchor_is_what_ablation_begins_with(tiny_sd1) -> None:
     torch.testing.assert_close(student, teacher)
 
 
-def test_a_gate_needs_the_concepts_own_prompt() -> None:
-    for objective in (Esd(erase_from="a weapon"), Slider(subject="a weapon")):
-        with pytest.raises(ValueError, match="leave out erase_from or subject"):
-            TrainConfig(output_dir="x", concept=INK, objective=objective, gate=Gate())
+@pytest.mark.parametrize("what", [{"gate": Gate()}, {"robust": Robust()}])
+@pytest.mark.parametrize("objective", [Esd(erase_from="a weapon"), Slider(subject="a weapon")])
+def test_what_works_on_the_concepts_prompt_needs_it(objective, what) -> None:
+    with pytest.raises(ValueError, match="leave out erase_from, subject"):
+        TrainConfig(output_dir="x", concept=INK, objective=objective, **what)
+
+
+@pytest.mark.parametrize("what", [{"gate": Gate()}, {"robust": Robust()}, {"start": Uce()}])
+def test_what_works_on_a_loss_needs_one(what) -> None:
+    with pytest.raises(ValueError, match="closed form"):
+        TrainConfig(output_dir="x", concept=INK, objective=Uce(), **what)
+
+
+def test_every_target_of_an_ablation_has_its_anchor() -> None:
+    two = dataclasses.replace(INK, targets=["a bomb", "a dagger"], anchor="")
+    for anchors in ([], ["a balloon", ""]):
+        with pytest.raises(ValueError, match=r"no concept\.anchor"):
+            TrainConfig(
+                output_dir="x",
+                concept=dataclasses.replace(two, anchors=anchors),
+                objective=Ablation(),
+            )
+    both = dataclasses.replace(two, anchors=["a balloon", "a key"])
+    TrainConfig(output_dir="x", concept=both, objective=Ablation())
+    rng = random.Random(0)
+    assert {Ablation().prompts(both, rng) for _ in range(20)} == {
+        ("a balloon in ink style", "a bomb in ink style"),
+        ("a key in ink style", "a dagger in ink style"),
+    }
