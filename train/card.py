@@ -38,8 +38,8 @@ The exact run is `config.yaml`; figures of the run are in `train_result.json`. W
 is gone is for `expunge eval` to say, not for this card.
 
 **Limits.** A LoRA can be unloaded or weighted down by whoever holds it; for a release the weights
-must be merged (`expunge export --to merged`). Erasure by fine-tuning has been undone by adversarial prompts and by further
-fine-tuning for every published method.
+must be merged (`expunge export --to merged`). Erasure by fine-tuning has been undone by adversarial
+prompts and by further fine-tuning for every published method.
 """
 
 
