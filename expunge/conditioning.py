@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +53,21 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All samples of several."""
-        columns = zip(*((c.states, c.pooled, c.sizes) for c in parts), strict=True)
-        return Conditioning(*(None if x[0] is None else torch.cat(x) for x in columns))
+        """All samples of several, all with the same fields."""
+        rest = [(part.pooled, part.sizes) for part in parts]
+        pooled, sizes = ([x for x in column if x is not None] for column in zip(*rest, strict=True))
+        return Conditioning(
+            torch.cat([part.states for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(sizes) if sizes else None,
+        )
 
-    def _each(self, change: Any) -> Conditioning:
-        fields = (self.states, self.pooled, self.sizes)
-        return Conditioning(*(None if x is None else change(x) for x in fields))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(
+            change(self.states),
+            None if self.pooled is None else change(self.pooled),
+            None if self.sizes is None else change(self.sizes),
+        )
 
 
 def condition(pipeline: Any, prompts: list[str], differentiable: bool = False) -> Conditioning:

@@ -32,13 +32,15 @@ def wanted() -> int:
     It tells its child that there are several, but not how many: that stands in its command line.
 
     Raises:
-        UserError: On several machines, which need mpirun.
+        UserError: On several machines, which need mpirun; or that command line is not to be had.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y")
-    if not on_cpu or "MASTER_ADDR" not in os.environ or any(k in os.environ for k in GROUPED):
+    # Of the environment that its launcher makes, the address is there only for several.
+    several = {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
+    if not on_cpu or not several or any(k in os.environ for k in GROUPED):
         return 1
     import psutil
-    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     try:
@@ -50,21 +52,24 @@ def wanted() -> int:
             if name in ("accelerate-launch", "accelerate.commands.launch")
             or (name == "launch" and i and names[i - 1] == "accelerate")]  # fmt: skip
     if not ends:
-        return 1
+        raise UserError(
+            "got several processes on CPUs from accelerate launch, which started this one and is "
+            "not its parent; allowed: accelerate launch … train_erase.py directly"
+        )
     options = launch_command_parser().parse_args(words[ends[0] :])
     count, machines = options.num_processes, options.num_machines
-    if count is None or machines is None:
-        from_file = None if options.config_file is None else load_config_from_file(
-            options.config_file
-        )  # fmt: skip
-        count = count or getattr(from_file, "num_processes", 1)
-        machines = machines or getattr(from_file, "num_machines", 1)
-    if machines > 1:
+    file = options.config_file
+    if file is None and not options.cpu and Path(default_config_file).is_file():
+        file = default_config_file
+    if file is not None:
+        given = load_config_from_file(file)
+        count, machines = count or given.num_processes, machines or given.num_machines
+    if (machines or 1) > 1:
         raise UserError(
             f"got {machines} machines with CPUs; allowed: one; accelerate needs mpirun for more, "
             "see its --mpirun_hostfile"
         )
-    return int(count)
+    return int(count or 1)
 
 
 def start(count: int) -> int:
@@ -80,8 +85,8 @@ def start(count: int) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in map(str, range(count)):
-            environment = {**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}
+        for rank in range(count):
+            environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, *sys.orig_argv[1:]]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.poll() for process in processes]
@@ -92,15 +97,15 @@ def start(count: int) -> int:
         _stop(processes)
         signal.signal(signal.SIGTERM, before)
     # A signal is what began it; those that lost a peer end by themselves.
-    failed = sorted((code, rank) for rank, code in enumerate(codes) if code)
+    failed = sorted((code, i) for i, code in enumerate(codes) if code)
     if not failed:
         return 0
-    code, rank = failed[0]
+    code, which = failed[0]
     if code == 2:  # wrong input: its one line is there
         return 2
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
     print(
-        f"expunge: error: process {rank + 1} of {count} was ended {how}, and the others with it; "
+        f"expunge: error: process {which + 1} of {count} was ended {how}, and the others with it; "
         "the same command with --resume true goes on from the newest checkpoint",
         file=sys.stderr,
     )

@@ -17,6 +17,7 @@ from expunge import adapters
 from expunge.concepts import Concept
 from expunge.configuration import dump
 from expunge.errors import UserError
+from expunge.train import launch as launch_module
 from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay
 from expunge.train.objectives.sdd import Sdd
@@ -146,6 +147,20 @@ def test_under_torchrun_those_that_are_left_say_it(tiny_sd1, tmp_path, monkeypat
     assert len(said) == 1
     assert "another process of this run has ended" in said[0]
     assert "--resume true" in said[0]
+
+
+def test_several_that_cannot_be_counted_are_refused(monkeypatch) -> None:
+    """As below a shell script: going on alone would silently train on a part of the batch."""
+    for name in launch_module.GROUPED:
+        monkeypatch.delenv(name, raising=False)
+    assert launch_module.wanted() == 1
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(UserError, match="directly"):
+        launch_module.wanted()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch_module.wanted() == 1
 
 
 def test_wrong_input_is_one_line_for_all_processes(tmp_path) -> None:
