@@ -82,8 +82,8 @@ def tiny_sdxl_to_sd1(pipeline, folder) -> str:
 
     StableDiffusionPipeline(
         vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer,
-        unet=pipeline.unet, scheduler=DDIMScheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        unet=pipeline.unet, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder / "sd1")  # fmt: skip
     return str(folder / "sd1")
 

@@ -168,4 +168,5 @@ def encode(picture: Tensor, maker: Maker) -> Tensor:
     if vae.config.get("latents_mean") is not None:  # some SDXL models centre each channel
         μ, σ = (torch.tensor(vae.config[key]) for key in ("latents_mean", "latents_std"))
         z = (z - μ.view(1, -1, 1, 1)) / σ.view(1, -1, 1, 1)
-    return z * float(vae.config.scaling_factor)
+    x0: Tensor = z * vae.config.scaling_factor
+    return x0
