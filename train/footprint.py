@@ -73,12 +73,14 @@ def load(config: TrainConfig, device: torch.device) -> Any:
 
 def optimizer(config: TrainConfig, parameters: list[Any]) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or with its two moments in 8 bits (arXiv 2110.02861)."""
-    how = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **how)
-    from bitsandbytes.optim import AdamW8bit
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
 
-    made: torch.optim.Optimizer = AdamW8bit(parameters, **how)
+        kind = AdamW8bit
+    made: torch.optim.Optimizer = kind(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     return made
 
 

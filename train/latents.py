@@ -354,7 +354,8 @@ def trajectory(
         raw = networks.raw(network, inputs)
         networks.forwards["sampling"] += 2 * batch
         # Guidance is linear, so it may act on ε, v or x_0 alike.
-        guided = prediction.guide(*raw.chunk(2), how.guidance_scale)
+        raw0, raw_p = raw.chunk(2)
+        guided = prediction.guide(raw0, raw_p, how.guidance_scale)
         after = scheduler.step(guided, t, x_t).prev_sample
         e0, e = networks.to_epsilon(raw, inputs).chunk(2)
         yield _State(x_t, inputs.t[:batch], e0, e, after)

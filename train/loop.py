@@ -191,7 +191,7 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_main_process or not sys.stderr.isatty(),
         )
-        if self.probe and config.start and not progress.step:
+        if config.probe and config.start and not progress.step:
             self._look(bar)  # it may be erased already
             begun = time.perf_counter() - progress.seconds
         while progress.step < config.steps and not progress.stopped:
@@ -202,7 +202,7 @@ class Trainer:
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
-            if self.probe and progress.step % config.probe.every == 0:
+            if config.probe and progress.step % config.probe.every == 0:
                 self._look(bar)
                 begun = time.perf_counter() - progress.seconds
             last = progress.step == config.steps or progress.stopped

@@ -69,15 +69,18 @@ class Attack:
     def __init__(self, how: Robust, pipeline: Any, concept: Concept, seed: int) -> None:
         self.how, self.pipeline, self.seed, self.steps = how, pipeline, seed, 0
         parts = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
-        pairs = [(getattr(pipeline, a, None), getattr(pipeline, b, None)) for a, b in parts]
-        self.encoders = [encoder for _, encoder in pairs if encoder is not None]
+        pairs: list[tuple[Any, Any]] = [
+            (getattr(pipeline, a), getattr(pipeline, b))
+            for a, b in parts
+            if getattr(pipeline, b, None) is not None
+        ]
+        self.encoders = [encoder for _, encoder in pairs]
         longest_first = sorted(concept.targets, key=len, reverse=True)
         for encoder in self.encoders:
             encoder.requires_grad_(False)
         self.ids = [
             [tuple(tokenizer(text).input_ids[1:-1]) for text in longest_first]
-            for tokenizer, encoder in pairs
-            if encoder is not None
+            for tokenizer, _ in pairs
         ]
         self.δ: list[list[Tensor]] = []
         self._begin()
@@ -140,7 +143,8 @@ class Attack:
     def _radii(self, encoder: Any, tokens: tuple[int, ...]) -> Tensor:
         """R ‖e_i‖ of each token, (N,)."""
         e: Tensor = encoder.get_input_embeddings().weight[list(tokens)]
-        return self.how.radius * e.detach().float().norm(dim=1)
+        radii: Tensor = self.how.radius * e.detach().float().norm(dim=1)
+        return radii
 
     @contextmanager
     def _moved(self) -> Iterator[None]:
