@@ -48,9 +48,28 @@ def test_the_table_of_samplers(tmp_path) -> None:
     assert "| negative prompt |" in (tmp_path / "table.md").read_text()
 
 
+def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) -> None:
+    arguments = ("--only", "UCE", "--concepts", "bomb; ink", "--limit", "1")
+    done = run("erasure_table.py", *arguments, "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = json.loads((tmp_path / "table.json").read_text())["cells"]
+    assert list(cells) == ["UCE/bomb/0", "UCE/ink/0"]
+    assert cells["UCE/bomb/0"]["metrics"]["target_seen"]["n"] == 1
+    assert cells["UCE/bomb/0"]["forwards"] == 0
+    pooled, each = (tmp_path / "table.md").read_text().split("\n\n")
+    assert pooled.count("| UCE |") == 1
+    assert each.count("| UCE |") == 2
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+    assert len(before) >= 2
+    assert run("erasure_table.py", *arguments, "--output_dir", str(tmp_path)).returncode == 0
+    assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
+        ("erasure_table.py", ["--only", "magic"], "allowed: density"),
+        ("erasure_table.py", ["--concepts", "zeppelin"], "allowed: bomb"),
         ("thesis.py", ["--experiment", "singel"], "allowed: single"),
         ("thesis.py", ["--experiment", "k", "--values", "[9]"], "top_k"),
         ("emoji_samplers.py", ["--only", "magic"], "allowed: safe"),

@@ -122,6 +122,7 @@ def cell(
             arguments += [f"--concept.{key}", json.dumps(value)]
         command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
         command += ["--seed", str(seed), "--output_dir", str(folder), "--checkpoint_every", "0"]
+        command += ["--validation.prompts", "[a key]", "--validation.seeds", "1"]
         command += ["--overwrite", "true"] if folder.exists() else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
