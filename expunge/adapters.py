@@ -75,12 +75,16 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
         metadata: What the file says of itself (concept, objective …), as JSON.
 
     Raises:
+        UserError: It learnt nothing.
         RuntimeError: What was read back is not what was written.
     """
     unet = pipeline.unet
     tensors = weights(unet)
     if not any(v.any() for k, v in tensors.items() if "lora_B" in k):
-        raise RuntimeError("the adapter is all zero: nothing was trained")
+        raise UserError(
+            "got an adapter that is all zero: it erases nothing; allowed: one that learnt; lower the "
+            "threshold that nothing reached, or train longer"
+        )
     if not all(torch.isfinite(v).all() for v in tensors.values()):
         raise RuntimeError("the adapter holds NaN or infinite weights; lower the learning rate")
     header = diffusers_header(unet.peft_config[NAME].to_dict(), metadata)

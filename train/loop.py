@@ -27,6 +27,8 @@ from expunge.train.losses import Embeddings, Losses
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.share import Share
 
+ROUNDING = 1e-10  # mean squares of ε below it are no difference in float32
+
 
 @dataclass
 class Progress:
@@ -253,7 +255,8 @@ class Trainer:
                     raise FloatingPointError(
                         f"the loss is {values.sum()} at step {step}; lower learning_rate"
                     )
-                accelerator.backward(loss)
+                # Student and teacher are the same here but for rounding, which Adam would blow up.
+                accelerator.backward(loss if values.sum() > ROUNDING else loss * 0.0)
                 if self.losses.attack is not None:
                     self.losses.attack.climb(lambda g: accelerator.reduce(g, "mean"))
                 if accelerator.sync_gradients:
