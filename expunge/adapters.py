@@ -82,8 +82,8 @@ def save(pipeline: Any, folder: Path, metadata: dict[str, Any]) -> Path:
     tensors = weights(unet)
     if not any(v.any() for k, v in tensors.items() if "lora_B" in k):
         raise UserError(
-            "got an adapter that is all zero: it erases nothing; allowed: one that learnt; lower the "
-            "threshold that nothing reached, or train longer"
+            "got an adapter that is all zero: it erases nothing; allowed: one that learnt; lower "
+            "the threshold that nothing reached, or train longer"
         )
     if not all(torch.isfinite(v).all() for v in tensors.values()):
         raise RuntimeError("the adapter holds NaN or infinite weights; lower the learning rate")
