@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expunge.configuration import parse
 
-CONFIG = "train/emoji_bomb_esd.yaml"
+CONFIG = "train/emoji_bomb_density.yaml"
 RESULTS = {
     "pytorch_lora_weights.safetensors": "lora",
     "report.json": "report",
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
     folder, started = config.output_dir, time.monotonic()
     fresh_output_dir(folder, resume=True)
-    print("1. Erase: distil ESD into a LoRA of the emoji model's UNet", flush=True)
+    print("1. Erase: distil the harm density into a LoRA of the emoji model's UNet", flush=True)
     train(["--config", CONFIG, "--output_dir", str(folder / "lora"), "--resume", "true"])
     print(
         "2. Measure: the same prompts and seeds before and after, judged independently", flush=True
