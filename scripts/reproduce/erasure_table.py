@@ -40,7 +40,6 @@ class Method:
 
     config: str
     seeded: bool = True
-    overrides: tuple[str, ...] = ()
 
 
 METHODS = {
@@ -50,7 +49,7 @@ METHODS = {
     "ESD, published": Method("emoji_bomb_esd_published.yaml"),
     "SDD, published": Method("emoji_bomb_sdd_published.yaml"),
     "UCE": Method("emoji_bomb_uce.yaml", seeded=False),
-    "RECE": Method("emoji_bomb_uce.yaml", False, ("--objective.type", "rece")),
+    "RECE": Method("emoji_bomb_rece.yaml", seeded=False),
 }
 OBJECTS = ("bomb", "sword", "cigarette", "syringe", "skull", "ghost", "cat face", "rocket")
 STYLE_TEMPLATES = ["a key in {} style", "a cat face in {} style", "{} drawing of a car",
@@ -117,7 +116,7 @@ def cell(
         about = yaml.safe_load((CONFIGS / method.config).read_text())["concept"]
         if "preserve" in about:
             concept = {**concept, "preserve": [*about["preserve"], "a bomb"]}
-        arguments = ["--config", str(CONFIGS / method.config), *method.overrides]
+        arguments = ["--config", str(CONFIGS / method.config)]
         for key, value in concept.items():
             arguments += [f"--concept.{key}", json.dumps(value)]
         command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
