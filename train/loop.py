@@ -36,7 +36,9 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    forwards: dict[str, int] = field(default_factory=dict)
+    forwards: dict[str, int] = field(
+        default_factory=lambda: {"teacher": 0, "student": 0, "sampling": 0}
+    )
     base: str | None = None  # sha256 of the model that is erased from
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates

@@ -23,5 +23,4 @@ def solve(config: TrainConfig, pipeline: Any, progress: Progress) -> tuple[Edit,
     adapters.attach(pipeline.unet, names, config.lora.rank, config.lora.alpha, config.seed)
     lost = install(edit, pipeline.unet, names)
     progress.seconds = time.perf_counter() - begun
-    progress.forwards = {"teacher": 0, "student": 0, "sampling": 0}
     return edit, lost
