@@ -120,7 +120,8 @@ def step_cost(recipe: str, student: float) -> dict[str, float]:
     steps = config.latents.steps
     if isinstance(config.latents, Replay):
         batches = -(-config.latents.rollouts // (n + m))
-        sampling = batches * (n + m) * 2 * (steps - 1) / config.latents.refresh
+        lasts = min(config.latents.refresh, config.steps)  # steps from one bank to the next
+        sampling = batches * (n + m) * 2 * steps / lasts
     else:
         sampling = (n + m) * 2 * (steps / 2)  # the mean of k ~ U{1 … steps − 1} is steps / 2
     cost = {"sampling": sampling, "teacher": n * others + m, "student": (n + m) * student}
