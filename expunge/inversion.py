@@ -12,7 +12,7 @@ deviation of the vocabulary's norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ def invert(
     Args:
         pipeline: A frozen text-to-image model with one text encoder.
         name: The token's name, for example `<bomb>`.
-        latents: The pictures, (N, C, h, w), see `to_latents`.
+        latents: The pictures, (N, C, h, w), see `expunge.encoding`.
         r: Reward of each, (N,) in [0, 1]: 1 is what the token shall draw, 0 what it shall not.
         how: Settings.
         seed: Of everything drawn.
@@ -149,27 +149,6 @@ def invert(
         rows = encoder.get_input_embeddings().weight
         rows[soft_tokens.token_ids(pipeline, name)[1:-1]] = found.to(rows)
     return soft_tokens.SoftToken(name, [found], soft_tokens.encoder_sha256(pipeline))
-
-
-def to_latents(pipeline: Any, pictures: Sequence[Tensor]) -> Tensor:
-    """Latents (N, C, h, w), on the CPU, of N pictures (3, H, W) in [-1, 1] of any size.
-
-    Squashed to the model's own size; the mean of what the VAE says, so that nothing is drawn.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    from expunge.backbones import latent_shape
-
-    vae = pipeline.vae
-    size = [side * pipeline.vae_scale_factor for side in latent_shape(pipeline)[1:]]
-    found = []
-    with torch.no_grad():
-        for picture in pictures:
-            x = F.interpolate(picture[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
-            z = vae.encode(x.to(pipeline.device, vae.dtype)).latent_dist.mode()
-            found.append((z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor)
-    return torch.cat(found).float().cpu()
 
 
 def _start(pipeline: Any, words: Tensor, how: Inversion, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge import prediction
-from expunge.decoding.base import vae_factor
+from expunge.encoding import to_latents
 from expunge.pictures import picture_files, read_picture
 from expunge.train.latents import Maker, ddim, trajectory
 from expunge.train.memory import Batch, Pair, Request
@@ -136,7 +135,8 @@ class Pictures:
             "retained": [pair for part in requests for pair in part.retained],
         }
         if self.files:
-            self.latents["erased"] = torch.cat([encode(read_picture(f), maker) for f in self.files])
+            pictures = map(read_picture, self.files)
+            self.latents["erased"] = to_latents(maker.vae, maker.shape, pictures)
 
     def state_dict(self) -> dict[str, Any]:
         """The pictures as plain values."""
@@ -146,27 +146,3 @@ class Pictures:
         """From plain values."""
         self.latents = state["latents"]
         self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
-
-
-@torch.no_grad()
-def encode(picture: Tensor, maker: Maker) -> Tensor:
-    """x_0 (1, C, h, w), on the CPU, of a picture (3, H, W) in [-1, 1] of any size.
-
-    It is scaled to cover the model's own size, and what stands out is cut off on both sides.
-    """
-    vae, factor = maker.vae, vae_factor(maker.vae)
-    height, width = (side * factor for side in maker.shape[1:])
-    scale = max(height / picture.shape[1], width / picture.shape[2])
-    size = [math.ceil(side * scale) for side in picture.shape[1:]]
-    picture = torch.nn.functional.interpolate(
-        picture[None], size, mode="bicubic", antialias=True
-    ).clamp(-1, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    picture = picture[:, :, top : top + height, left : left + width]
-    z: Tensor = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
-    z = z - (vae.config.get("shift_factor") or 0.0)
-    if vae.config.get("latents_mean") is not None:  # some SDXL models centre each channel
-        μ, σ = (torch.tensor(vae.config[key]) for key in ("latents_mean", "latents_std"))
-        z = (z - μ.view(1, -1, 1, 1)) / σ.view(1, -1, 1, 1)
-    x0: Tensor = z * vae.config.scaling_factor
-    return x0

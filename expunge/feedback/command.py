@@ -124,6 +124,7 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
     from expunge.clip import load_clip
     from expunge.densities.clip_head import write_head
     from expunge.densities.head_training import learn
+    from expunge.encoding import to_latents
     from expunge.pictures import read_picture, save_png
     from expunge.results import (
         fresh_output_dir,
@@ -142,7 +143,8 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
         seed=config.seed,
     )  # fmt: skip
     r = _rewards(logits, len(labels.having(YES)))
-    latents = inversion.to_latents(pipeline, [read_picture(file) for file in files])
+    shape = backbones.latent_shape(pipeline)
+    latents = to_latents(pipeline.vae, shape, map(read_picture, files))
     losses: list[float] = []
     with tqdm(total=config.inversion.steps, desc="invert", unit="step", disable=None) as bar:
 

@@ -1,7 +1,5 @@
 """Pictures with noise on them: whose they are, at which noise, and that the noise is told."""
 
-import dataclasses
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -9,12 +7,11 @@ from PIL import Image
 
 from expunge import adapters, backbones, prediction
 from expunge.conditioning import Conditioning, condition
-from expunge.decoding.autoencoders import from_pipeline
 from expunge.errors import UserError
 from expunge.pictures import save_png, to_pil
 from expunge.train.latents import Maker
 from expunge.train.memory import Request
-from expunge.train.noised import Noised, Pictures, encode
+from expunge.train.noised import Noised, Pictures
 from expunge.train.predictions import Networks
 
 REQUEST = Request([("a key", "a bomb")], [("a cat face", "a cat face"), ("", "")])
@@ -140,31 +137,6 @@ def test_a_folder_stands_for_the_erased_and_the_rest_is_drawn(tiny_sd1, tmp_path
     torch.testing.assert_close(pictures.latents["erased"], expected, atol=1e-5, rtol=1e-4)
     batches(maker, Noised(steps=2, folder=folder).open(), request=Request(REQUEST.erased, []))
     assert maker.networks.forwards["sampling"] == 2 * 2 * 4  # nothing retained: none drawn
-
-
-def test_pictures_of_another_size_cover_and_are_cut(tiny_sd1) -> None:
-    maker = maker_of(tiny_sd1)
-    small = torch.rand(3, 16, 16) * 2 - 1
-    wide = torch.nn.functional.pad(small, (8, 8))
-    torch.testing.assert_close(encode(wide, maker), encode(small, maker), atol=1e-5, rtol=1e-4)
-    grey = torch.full((3, 40, 24), 0.25)
-    torch.testing.assert_close(encode(grey, maker), encode(torch.full((3, 16, 16), 0.25), maker))
-
-
-@pytest.mark.parametrize(
-    "scale",
-    [{}, {"shift_factor": 0.3}, {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0] * 4}],
-)
-def test_a_picture_comes_back_as_decoders_read_latents(tiny_sd1, scale) -> None:
-    pipeline = backbones.load_pipeline(tiny_sd1)
-    pipeline.vae.register_to_config(**scale)
-    maker = dataclasses.replace(maker_of(tiny_sd1), vae=pipeline.vae)
-    picture = torch.rand(3, 16, 16) * 2 - 1
-    with torch.no_grad():
-        z = pipeline.vae.encode(picture[None]).latent_dist.mode()
-        expected = pipeline.vae.decode(z).sample
-        decoded = from_pipeline(pipeline)(encode(picture, maker))
-    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path) -> None:

@@ -1,0 +1,35 @@
+"""Pictures as latents: what a decoder reads of them, and pictures of another size."""
+
+import pytest
+import torch
+
+from expunge import backbones
+from expunge.decoding.autoencoders import from_pipeline
+from expunge.encoding import to_latents
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [{}, {"shift_factor": 0.3}, {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0] * 4}],
+)
+def test_a_picture_comes_back_as_decoders_read_latents(tiny_sd1, scale) -> None:
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    pipeline.vae.register_to_config(**scale)
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z = pipeline.vae.encode(pictures).latent_dist.mode()
+        expected = pipeline.vae.decode(z).sample
+        decoded = from_pipeline(pipeline)(to_latents(pipeline.vae, SHAPE, pictures))
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pictures_of_another_size_cover_and_are_cut(tiny_sd1) -> None:
+    vae = backbones.load_pipeline(tiny_sd1).vae
+    small = torch.rand(3, 16, 16) * 2 - 1
+    wide = torch.nn.functional.pad(small, (8, 8))
+    grey = [torch.full((3, *size), 0.25) for size in ((40, 24), (16, 16))]
+    a, b, c, d = to_latents(vae, SHAPE, [wide, small, *grey])
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(c, d)
