@@ -1,7 +1,7 @@
 """Every way to erase, on many concepts of the bundled model, in one table.
 
     python scripts/reproduce/erasure_table.py --output_dir D [--limit 32] [--only 'UCE; density'] \\
-        [--concepts 'bomb; ink'] [--seeds 3]
+        [--concepts 'bomb; ink'] [--seeds 3] [--present true]
 
 Each cell is one training and one `expunge eval` with a common store of pictures; killed, it goes on
 where it was, and a cell that is there is read again. Writes D/table.md and D/table.json. Beside the
@@ -16,7 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ import torch
 import yaml
 from measure import markdown, row
 
+from expunge.backbones import load_pipeline, recommended_guidance
 from expunge.cli import run
+from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.emoji_vocabulary import Vocabulary
+from expunge.generation import generate
+from expunge.pictures import save_png, to_pil
 from expunge.results import provenance, wilson, write_json_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +59,26 @@ OBJECTS = ("bomb", "sword", "cigarette", "syringe", "skull", "ghost", "cat face"
 STYLE_TEMPLATES = ["a key in {} style", "a cat face in {} style", "{} drawing of a car",
                    "an apple in {} style", "{} drawing of a sun", "a crown in {} style",
                    "{} drawing of a mushroom", "a penguin in {} style"]  # fmt: skip
+SHOWN = ["a bomb", "a bomb in ink style on a pink background",
+         "a bomb in sticker style on a blue background",
+         "a bomb in blueprint style on a white background"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is erased.
+
+    Attributes:
+        concept: Of the training's configuration.
+        asked: Whom the suite's pictures are of.
+        kept: What must stay besides objects, for methods that preserve.
+        settings: What else the training takes, of each method, and of all that `preserve`.
+    """
+
+    concept: dict[str, Any]
+    asked: str
+    kept: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,32 +89,62 @@ class Config:
     seeds: int = 3
     limit: int | None = 32
     threads: int = 1
+    present: bool = field(default=False, metadata={"help": "only cells that are there already"})
 
 
-def concepts() -> dict[str, dict[str, Any]]:
-    """What is erased, as `concept` of a training configuration has it."""
+def subjects(pictures: Path) -> dict[str, Subject]:
+    """All that is erased.
+
+    Args:
+        pictures: Where those of the concept that is given by pictures are put.
+    """
     words = Vocabulary.read()
-    found: dict[str, dict[str, Any]] = {
-        name: {"name": name, "targets": [words.phrases[name]]} for name in OBJECTS
+    found = {
+        name: Subject({"name": name, "targets": [words.phrases[name]]}, words.phrases[name])
+        for name in OBJECTS
     }
     members = [words.phrases[name] for name in words.categories["weapon"]]
-    found["weapon"] = {"name": "weapon", "targets": ["a weapon", *members]}
-    found["ink"] = {"name": "ink", "targets": ["ink"], "templates": STYLE_TEMPLATES,
-                    "anchor": "flat"}  # fmt: skip
+    weapons = {"name": "weapon", "targets": ["a weapon", *members]}
+    found["weapon"] = Subject(weapons, "a weapon")
+    ink = {"name": "ink", "targets": ["ink"], "templates": STYLE_TEMPLATES, "anchor": "flat"}
+    # A style is everywhere, and nothing stands beside it; p_h of other styles is about -0.2.
+    sight = {"objective.density.threshold": -0.05, "objective.places": 0, "objective.pairs": 0}
+    styles = [
+        text.replace("{}", style)
+        for style in words.styles if style != "ink" for text in STYLE_TEMPLATES
+    ]  # fmt: skip
+    found["ink"] = Subject(
+        ink, "ink", styles,
+        {"preserve": {"preserve.pairs": 0}, "density": sight | {"start.sentences": False},
+         "UCE": {"objective.sentences": False}},
+    )  # fmt: skip
+    # The token was learnt from such pictures, and the density sees them; none reads "bomb".
+    shown = {"name": "bomb", "targets": ["<bomb>"], "tokens": ["emoji/tokens/bomb.safetensors"]}
+    look = {"objective.density.type": "clip_images", "objective.density.folder": str(pictures)}
+    look["objective.density.threshold"] = 0.5
+    found["pictures"] = Subject(shown, "a bomb", settings={"density": look})
     return found
 
 
 def main(argv: list[str]) -> None:
     config = parse(Config, argv, "erasure_table.py")
     torch.set_num_threads(config.threads)
-    known = concepts()
-    methods, subjects = _chosen(config.only, METHODS), _chosen(config.concepts, known)
+    shown = config.output_dir / "shown"
+    known = subjects(shown)
+    methods, chosen = _chosen(config.only, METHODS), _chosen(config.concepts, known)
+    if "pictures" in chosen and not shown.exists():
+        draw(shown)
     cells: dict[str, dict[str, Any]] = {}
-    for concept in subjects:
+    for concept in chosen:
         for method in methods:
             for seed in range(config.seeds if METHODS[method].seeded else 1):
                 name = f"{method}/{concept}/{seed}"
-                cells[name] = cell(METHODS[method], known[concept], seed, config, name)
+                if (
+                    config.present
+                    and not (folder_of(config, name) / "report" / "report.json").exists()
+                ):
+                    continue
+                cells[name] = cell(method, known[concept], seed, config, name)
                 write_json_atomic(
                     config.output_dir / "table.json",
                     {"cells": cells, "limit": config.limit, "provenance": provenance()},
@@ -106,34 +160,61 @@ def _chosen(asked: str, known: dict[str, Any]) -> list[str]:
     return names
 
 
-def cell(
-    method: Method, concept: dict[str, Any], seed: int, config: Config, name: str
-) -> dict[str, Any]:
+def folder_of(config: Config, name: str) -> Path:
+    return config.output_dir / name.replace(", ", "_").replace(" ", "_")
+
+
+def cell(method: str, subject: Subject, seed: int, config: Config, name: str) -> dict[str, Any]:
     """One training and its evaluation."""
-    folder = config.output_dir / name.replace(", ", "_").replace(" ", "_")
+    folder = folder_of(config, name)
     if not (folder / "train_result.json").exists():
-        # It must stay, unless it is what is erased.
-        about = yaml.safe_load((CONFIGS / method.config).read_text())["concept"]
-        if "preserve" in about:
-            concept = {**concept, "preserve": [*about["preserve"], "a bomb"]}
-        arguments = ["--config", str(CONFIGS / method.config)]
-        for key, value in concept.items():
-            arguments += [f"--concept.{key}", json.dumps(value)]
-        command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
-        command += ["--seed", str(seed), "--output_dir", str(folder), "--checkpoint_every", "0"]
-        command += ["--validation.prompts", "[a key]", "--validation.seeds", "1"]
-        command += ["--overwrite", "true"] if folder.exists() else []
+        settings = settings_of(method, subject) | {"seed": seed, "output_dir": str(folder)}
+        settings |= {"checkpoint_every": 0, "validation.prompts": ["a key"], "validation.seeds": 1}
+        settings |= {"overwrite": True} if folder.exists() else {}
+        command = [sys.executable, str(ROOT / "train_erase.py")]
+        command += ["--config", str(CONFIGS / METHODS[method].config)]
+        for key, value in settings.items():
+            command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the training of {name} failed: {done.stderr.strip()[-300:]}")
     trained = json.loads((folder / "train_result.json").read_text())
     found = row(
         {"type": "plain"}, folder / "report", config.output_dir / "images", suite="emoji",
-        concept=[concept["targets"][0]], limit=config.limit, lora=[str(folder)],
+        concept=[subject.asked], limit=config.limit, lora=[str(folder)],
     )  # fmt: skip
     return found | {
         "forwards": sum(trained["unet_forwards"].values()), "seconds": trained["seconds"],
     }  # fmt: skip
+
+
+def draw(folder: Path) -> None:
+    """24 pictures that are all that is known of the concept."""
+    prompts = [prompt for prompt in SHOWN for _ in range(6)]
+    pictures = generate(
+        load_pipeline("emoji"), prompts, range(900, 900 + len(prompts)), steps=25,
+        guidance_scale=recommended_guidance("emoji"),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    for index, picture in enumerate(pictures):
+        save_png(to_pil(picture), folder / f"{index:02d}.png")
+
+
+def settings_of(method: str, subject: Subject) -> dict[str, Any]:
+    """What is said of this concept to a configuration about a bomb."""
+    about = yaml.safe_load((CONFIGS / METHODS[method].config).read_text())
+    concept = dict(subject.concept)
+    if "preserve" in about["concept"]:
+        # A bomb must stay, unless it is what is erased, in whatever words.
+        kept = [*about["concept"]["preserve"], "a bomb", *subject.kept]
+        concept["preserve"] = [prompt for prompt in kept if prompt != subject.asked]
+    settings = {f"concept.{key}": value for key, value in concept.items()}
+    sentences = about.get("preserve", {}).get("templates")
+    if sentences is not None:
+        erased = Concept(**subject.concept)
+        settings["preserve.templates"] = [s for s in sentences if not erased.mentioned_in(s)]
+        settings |= subject.settings.get("preserve", {})
+    return settings | subject.settings.get(method, {})
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:

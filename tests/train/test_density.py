@@ -10,9 +10,9 @@ from expunge import adapters, backbones
 from expunge.concepts import Concept
 from expunge.conditioning import condition
 from expunge.densities.clip_text import ClipText
-from expunge.prediction import guide
+from expunge.prediction import alpha_bar, guide, to_x0
 from expunge.train.latents import Maker
-from expunge.train.objectives.density import Density, guided_target
+from expunge.train.objectives.density import Density, guided_target, moved_target
 from expunge.train.predictions import Networks
 
 generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,34 @@ def test_prompts_are_the_concepts_alone_or_beside_what_stays() -> None:
     assert {alone.prompts(CONCEPT, rng)[0] for _ in range(50)} == {"a bomb", "a dagger"}
 
 
-@pytest.mark.parametrize("bad", [{"strength": -1.0}, {"pairs": 2.0}, {"places": 99}])
+def test_down_the_gradient_the_clean_picture_under_guidance_is_the_moved_one() -> None:
+    s, ᾱ, x_t = 4.0, torch.tensor([0.9, 0.5, 0.1]), torch.randn(ep.shape, generator=generator)
+    Δ = torch.randn(ep.shape, generator=generator)
+    found = to_x0(guide(e0, moved_target(ep, Δ, ᾱ, s), s), x_t, ᾱ)
+    torch.testing.assert_close(found, to_x0(guide(e0, ep, s), x_t, ᾱ) + Δ, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_lowers_the_density_where_it_is_seen(made) -> None:
+    build, predictions, x_t, t, networks = made
+    assert torch.equal(build(1.0, direction="gradient")(predictions, x_t, t), ep)
+    guide_ = build(-1.0, direction="gradient", strength=0.05)
+    target = guide_(predictions, x_t, t)
+    assert networks.forwards["teacher"] == 0
+    ᾱ = alpha_bar(networks.scheduler, t)
+
+    def seen(e: torch.Tensor) -> torch.Tensor:
+        x0 = to_x0(guide(e0, e, 4.0), x_t, ᾱ)
+        return guide_.density(guide_.sight.look(x0)).score
+
+    with torch.no_grad():
+        before, after = seen(ep), seen(target)
+    assert (after[before > 0] < before[before > 0]).all()
+    # Where log p_h has no gradient nothing is moved.
+    assert torch.equal(target[before <= 0], ep[before <= 0])
+    assert (before > 0).any()
+
+
+@pytest.mark.parametrize("bad", [{"strength": -1.0}, {"pairs": 2.0}, {"places": 99}, {"copies": 0}])
 def test_what_cannot_be_is_refused(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Density(**bad)

@@ -1,51 +1,22 @@
 """What makes a run fit: the same run as far as rounding allows, or one line that says why not."""
 
-import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from expunge import adapters
-from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.train import footprint
-from expunge.train.config import Lora, TrainConfig, Validation
-from expunge.train.latents import Rollout
+from expunge.train.config import TrainConfig
 from expunge.train.preserve import Preserve
 from expunge.train.train_erase import train
+from small_runs import small_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-def config(model: str, folder: Path, **changes) -> TrainConfig:
-    run = TrainConfig(
-        output_dir=str(folder),
-        model=model,
-        concept=Concept(targets=["a bomb"], preserve=["", "a key"]),
-        latents=Rollout(steps=3),
-        preserve=Preserve(weight=1.0, batch_size=2),
-        lora=Lora(rank=2, alpha=4.0),
-        steps=4,
-        batch_size=2,
-        learning_rate=1e-2,
-        checkpoint_every=0,
-        validation=Validation(prompts=["a bomb"], seeds=1, steps=1),
-    )
-    return dataclasses.replace(run, **changes)
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_at_a_time():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def learnt(run: TrainConfig) -> torch.Tensor:
@@ -58,22 +29,22 @@ def learnt(run: TrainConfig) -> torch.Tensor:
 @pytest.mark.parametrize("shape", ["tiny_sd2", "tiny_sdxl"])
 def test_a_bfloat16_base_teaches_a_float32_lora(shape, request, tmp_path) -> None:
     model = request.getfixturevalue(shape)
-    full = learnt(config(model, tmp_path / "full"))
-    half = learnt(config(model, tmp_path / "half", base_precision="bf16"))
+    full = learnt(small_run(model, tmp_path / "full"))
+    half = learnt(small_run(model, tmp_path / "half", base_precision="bf16"))
     assert not torch.equal(full, half)
     assert torch.cosine_similarity(full, half, dim=0) > 0.9
 
 
 def test_the_base_is_loaded_in_its_precision(tiny_sd1, tmp_path) -> None:
-    run = config(tiny_sd1, tmp_path, base_precision="bf16")
+    run = small_run(tiny_sd1, tmp_path, base_precision="bf16")
     pipeline = footprint.load(run, CPU)
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
 def test_offload_changes_where_and_not_what(tiny_sd1, tmp_path) -> None:
-    plain = learnt(config(tiny_sd1, tmp_path / "plain"))
-    assert torch.equal(plain, learnt(config(tiny_sd1, tmp_path / "away", offload=True)))
+    plain = learnt(small_run(tiny_sd1, tmp_path / "plain"))
+    assert torch.equal(plain, learnt(small_run(tiny_sd1, tmp_path / "away", offload=True)))
 
 
 def test_what_is_lent_comes_back_even_after_an_error() -> None:
@@ -112,7 +83,7 @@ def test_what_this_machine_lacks_is_said_first(
     changes, device, match, tiny_sd1, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(footprint, "find_spec", lambda name: None)
-    run = config(tiny_sd1, tmp_path / "out", **changes)
+    run = small_run(tiny_sd1, tmp_path / "out", **changes)
     with pytest.raises(UserError, match=match):
         footprint.refuse(run, device)
     if device is CPU:
@@ -123,7 +94,7 @@ def test_what_this_machine_lacks_is_said_first(
 
 def test_a_launcher_that_cuts_weights_into_pieces_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"got accelerate's FSDP; .*multi_gpu\.yaml"):
-        footprint.refuse(config("emoji", tmp_path), GPU, "FSDP")
+        footprint.refuse(small_run("emoji", tmp_path), GPU, "FSDP")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +119,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++
 def test_a_compiled_run_is_the_same_run(tiny_sd1, tmp_path) -> None:
     """Adapter off and on, with and without gradient, in one compiled network."""
     keep = Preserve()  # one size of batch is enough to compile for
-    plain = learnt(config(tiny_sd1, tmp_path / "plain", preserve=keep))
-    run = config(tiny_sd1, tmp_path / "compiled", preserve=keep, compile=True)
+    plain = learnt(small_run(tiny_sd1, tmp_path / "plain", preserve=keep))
+    run = small_run(tiny_sd1, tmp_path / "compiled", preserve=keep, compile=True)
     torch.testing.assert_close(learnt(run), plain, atol=1e-4, rtol=1e-3)
     results = [json.loads((tmp_path / n / "train_result.json").read_text()) for n in
                ("plain", "compiled")]  # fmt: skip
@@ -165,7 +136,7 @@ def test_compilation_that_fails_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(inductor, "force_disable_caches", True)
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"got compile true, and torch\.compile failed"):
-        train(config(tiny_sd1, tmp_path / "out", compile=True))
+        train(small_run(tiny_sd1, tmp_path / "out", compile=True))
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
@@ -188,6 +159,6 @@ def test_on_a_gpu_it_learns_what_a_plain_run_learns(
         pytest.importorskip("bitsandbytes")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     model = request.getfixturevalue(shape)
-    plain = learnt(config(model, tmp_path / "plain"))
-    found = learnt(config(model, tmp_path / "found", **changes))
+    plain = learnt(small_run(model, tmp_path / "plain"))
+    found = learnt(small_run(model, tmp_path / "found", **changes))
     assert torch.cosine_similarity(plain, found, dim=0) > 0.8

@@ -19,15 +19,6 @@ from expunge.train.objectives.uce import Uce
 from expunge.train.train_erase import train
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_at_a_time():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def write(file: Path, seed: int = 0) -> str:
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
     soft_tokens.write(file, soft_tokens.SoftToken("<it>", [vectors]), {})

@@ -29,15 +29,6 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_at_a_time():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def config(model: str, folder: Path, processes: int, **changes) -> TrainConfig:
     """One run, on any number of processes: everything that a checkpoint keeps takes part."""
     run = TrainConfig(

@@ -36,6 +36,21 @@ def guided_target(ep: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Te
     return ep - M.amax(1, keepdim=True) * (ep - e0) - w * away
 
 
+def moved_target(ep: Tensor, Δ: Tensor, ᾱ: Tensor, s: float) -> Tensor:
+    """ε* = ep − √ᾱ/√(1−ᾱ) Δ / s, (B, C, h, w).
+
+    Under guidance with scale s its clean picture is x̂0 + Δ, and (x_t − √ᾱ (x̂0 + Δ)) / √(1−ᾱ) its ε.
+
+    Args:
+        ep: Of the teacher with the prompt, (B, C, h, w).
+        Δ: How x̂0 is moved, (B, C, h, w).
+        ᾱ: (B,).
+        s: Guidance scale.
+    """
+    level = (ᾱ / (1 - ᾱ)).sqrt().view(-1, 1, 1, 1)
+    return ep - level * Δ / s
+
+
 @dataclass(frozen=True)
 class Density:
     """Where p_h sees the concept in the teacher's x̂0, the student learns to do without it there.
@@ -46,7 +61,11 @@ class Density:
     Attributes:
         density: p_h and η.
         decoder: From x̂0 to the picture that p_h sees.
-        strength: w.
+        direction: `text`, as above; `gradient`, ε* of x̂0 moved by −ρ r ∇log p_h / RMS(∇log p_h), r
+            the size of the guidance (MPGD). A CLIP's gradient is adversarial, and what is distilled
+            of it convinces the CLIP more than the eye.
+        strength: w of `text`, ρ of `gradient`.
+        copies: Altered views that a gradient is averaged over.
         places: Spots along a side that are covered to find where the concept is; 0: everywhere.
         guidance_scale: s of the prediction whose x̂0 is looked at.
         pairs: Share of the samples whose prompt has a retained noun beside the concept.
@@ -57,7 +76,9 @@ class Density:
         default_factory=lambda: DENSITIES.load("clip_text")()
     )
     decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("auto")())
+    direction: Literal["text", "gradient"] = "text"
     strength: float = 1.0
+    copies: int = 1
     places: int = 4
     guidance_scale: float = 4.0
     pairs: float = 0.5
@@ -72,6 +93,8 @@ class Density:
                 f"got strength {self.strength}, pairs {self.pairs}, places {self.places}; allowed: "
                 "strength 0 to 100, pairs 0 to 1, places 0 to 32"
             )
+        if not 1 <= self.copies <= 64:
+            raise ValueError(f"got copies {self.copies}; allowed: 1 to 64")
 
     @property
     def modules(self) -> str:
@@ -118,26 +141,59 @@ class Guide:
     def __call__(self, predictions: Mapping[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
         """ε*, (B, C, h, w), without gradient."""
         import torch
-        from torch.nn import functional as F
 
-        from expunge import guidance
-        from expunge.train.predictions import Inputs
+        from expunge import prediction
 
-        networks, how = self.maker.networks, self.how
         with torch.no_grad():
             images, seen = self.sight(predictions, x_t, t)
             ep, e0 = (predictions[name].float() for name in self.needs)
+            rows, concepts = seen.nonzero(as_tuple=True)
+            if self.how.direction == "gradient":
+                Δ = self._down_gradient(ep, e0, x_t, t, seen.any(1))
+                ᾱ = prediction.alpha_bar(self.maker.networks.scheduler, t)
+                return moved_target(ep, Δ, ᾱ, self.how.guidance_scale)
             M = x_t.new_zeros(*seen.shape, *x_t.shape[2:], dtype=torch.float32)
             eh = e0.unsqueeze(1).expand(-1, seen.shape[1], -1, -1, -1).clone()
-            rows, concepts = seen.nonzero(as_tuple=True)
             if len(rows):
-                M[rows, concepts] = 1.0
-                if how.places:
-                    found = guidance.whereabouts(images[rows], self.density, concepts, how.places)
-                    M[rows, concepts] = F.interpolate(found, x_t.shape[2:], mode="area").squeeze(1)
-                texts = self.maker.embed([self.texts[c] for c in concepts.tolist()])
-                eh[rows, concepts] = networks.epsilon(
-                    "teacher", Inputs(x_t[rows], t[rows], texts)
-                ).float()
-                networks.forwards["teacher"] += len(rows)
-            return guided_target(ep, e0, eh, M, how.strength)
+                M[rows, concepts] = self._where(images[rows], concepts, x_t)
+                eh[rows, concepts] = self._under_text(x_t[rows], t[rows], concepts)
+            return guided_target(ep, e0, eh, M, self.how.strength)
+
+    def _where(self, images: Tensor, concepts: Tensor, x_t: Tensor) -> Tensor | float:
+        """M of each picture and concept, (N, h, w)."""
+        from torch.nn import functional as F
+
+        from expunge import guidance
+
+        if not self.how.places:
+            return 1.0
+        found = guidance.whereabouts(images, self.density, concepts, self.how.places)
+        return F.interpolate(found, x_t.shape[2:], mode="area").squeeze(1)
+
+    def _under_text(self, x_t: Tensor, t: Tensor, concepts: Tensor) -> Tensor:
+        """e_h of each sample and concept, (N, C, h, w)."""
+        from expunge.train.predictions import Inputs
+
+        networks = self.maker.networks
+        texts = self.maker.embed([self.texts[c] for c in concepts.tolist()])
+        networks.forwards["teacher"] += len(concepts)
+        found: Tensor = networks.epsilon("teacher", Inputs(x_t, t, texts)).float()
+        return found
+
+    def _down_gradient(
+        self, ep: Tensor, e0: Tensor, x_t: Tensor, t: Tensor, seen: Tensor
+    ) -> Tensor:
+        """Δ of x̂0, (B, C, h, w), 0 where no concept is seen."""
+        import torch
+
+        from expunge import guidance, prediction
+
+        how, rows, Δ = self.how, seen.nonzero().flatten(), torch.zeros_like(ep)
+        if len(rows):
+            ᾱ = prediction.alpha_bar(self.maker.networks.scheduler, t[rows])
+            ẽ = prediction.guide(e0[rows], ep[rows], how.guidance_scale)
+            x0 = prediction.to_x0(ẽ, x_t[rows].float(), ᾱ)
+            g = guidance.gradient(x0, self.density, self.sight.look, how.copies)
+            size = how.guidance_scale * guidance.rms(ep[rows] - e0[rows])
+            Δ[rows] = guidance.normalised(g, how.strength, size)
+        return Δ

@@ -1,0 +1,122 @@
+"""A run that was interrupted: it goes on to the bit, or says why it cannot."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from expunge import adapters
+from expunge.errors import UserError
+from expunge.train.train_erase import train
+from small_runs import KINDS, small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import sys
+from expunge.cli import run
+from expunge.train.train_erase import main
+sys.exit(run(main, sys.argv[1:]))
+"""
+
+
+def launch(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["esd", "sdd", "esd-together", "ablation-noise"],
+)
+def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
+    from expunge.configuration import dump
+
+    steps = 8
+    reference = small_run(
+        tiny_sd1, tmp_path / "whole", steps=steps, checkpoint_every=1, lr_scheduler="cosine",
+        keep_checkpoints=steps, gradient_accumulation=2, **KINDS[kind],
+    )  # fmt: skip
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(dump(reference))
+    done = launch(["--config", str(yaml)])
+    assert done.wait() == 0, done.stderr.read()
+    out = tmp_path / "killed"
+    arguments = ["--config", str(yaml), "--output_dir", str(out)]
+    moments = random.Random(kind).sample(range(1, steps), 3)
+    for step in sorted(moments):
+        process = launch([*arguments, "--resume", "true"])
+        # Killed right as, or shortly after, that step's state appears.
+        while not (out / "checkpoints" / f"step-{step:06d}").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        time.sleep(random.Random(step).random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = launch([*arguments, "--resume", "true"])
+    assert done.wait() == 0, done.stderr.read()
+    assert (tmp_path / "whole" / adapters.FILE).read_bytes() == (out / adapters.FILE).read_bytes()
+    whole, killed = (
+        json.loads((folder / "train_result.json").read_text())
+        for folder in (tmp_path / "whole", out)
+    )
+    assert killed["unet_forwards"] == whole["unet_forwards"]
+    again = launch([*arguments, "--resume", "true"])
+    assert again.wait() == 0
+    assert "nothing to resume" in again.stdout.read()
+
+
+def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
+    train(small_run(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1))
+    (tmp_path / "out" / "train_result.json").unlink()
+    with pytest.raises(UserError, match="another learning_rate"):
+        train(small_run(tiny_sd1, tmp_path / "out", steps=2, learning_rate=1.0, resume=True))
+
+
+def test_resuming_on_other_weights_is_refused(tiny_sd1, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd1, base)
+    run = small_run(str(base), tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    (tmp_path / "out" / "train_result.json").unlink()
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not those the run began with"):
+        train(dataclasses.replace(run, resume=True))
+
+
+def test_a_torn_checkpoint_is_named(tiny_sd1, tmp_path) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    (tmp_path / "out" / "train_result.json").unlink()
+    torn = tmp_path / "out" / "checkpoints" / "step-000002" / "adapter.safetensors"
+    torn.write_bytes(torn.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"step-000002.*cannot be read"):
+        train(dataclasses.replace(run, resume=True))
+
+
+def test_a_kill_between_the_lora_and_its_result_is_finished_by_a_resume(tiny_sd1, tmp_path) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
+    train(run)
+    before = (tmp_path / "out" / adapters.FILE).read_bytes()
+    for name in ("train_result.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    train(dataclasses.replace(run, resume=True))
+    assert (tmp_path / "out" / "train_result.json").is_file()
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert (tmp_path / "out" / adapters.FILE).read_bytes() == before
