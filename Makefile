@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/expunge demo --output_dir demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # An editable install shows mypy and import-linter no rooms, so both read an installed copy.
 check: install

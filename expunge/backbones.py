@@ -3,7 +3,7 @@
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,14 @@ def load_pipeline(
     if dtypes != {dtype} and not quantisation:
         pipeline.to(dtype)
     return pipeline
+
+
+def family_of(pipeline: Any) -> Literal["sd1", "sd2", "sdxl"]:
+    """Whose shape a model has: Stable Diffusion 1.x, 2.x or XL."""
+    config = pipeline.unet.config
+    if config.addition_embed_type == "text_time":
+        return "sdxl"
+    return "sd2" if config.use_linear_projection else "sd1"
 
 
 def device_of(name: str) -> str:

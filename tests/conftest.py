@@ -5,7 +5,8 @@ import os
 # Before any test module can import a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "1"  # equality to the bit is claimed for the CPU
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Beside other workers a second thread only waits for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 

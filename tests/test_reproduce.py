@@ -61,7 +61,9 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
     assert each.count("| UCE |") == 2
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
     assert len(before) >= 2
-    assert run("erasure_table.py", *arguments, "--output_dir", str(tmp_path)).returncode == 0
+    more = ("--only", "density; UCE", "--limit", "1", "--present", "true")
+    assert run("erasure_table.py", *more, "--output_dir", str(tmp_path)).returncode == 0
+    assert json.loads((tmp_path / "table.json").read_text())["cells"].keys() == cells.keys()
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 

@@ -61,6 +61,9 @@ class TrainConfig:
     output_dir: str = field(metadata={"help": "folder for the LoRA and all that belongs to it"})
     concept: Concept = field(metadata={"help": "what is erased and what stays"})
     model: str = field(default="emoji", metadata={"help": "emoji, a diffusers folder, a hub id"})
+    family: Literal["sd1", "sd2", "sdxl"] | None = field(
+        default=None, metadata={"help": "what the settings are for: refuse a model of another kind"}
+    )
     objective: Annotated[Any, OBJECTIVES] = field(default_factory=lambda: OBJECTIVES.load("esd")())
     latents: Annotated[Any, LATENTS] = field(default_factory=lambda: LATENTS.load("rollout")())
     gate: Gate | None = field(

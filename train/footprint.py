@@ -53,6 +53,9 @@ def load(config: TrainConfig, device: torch.device) -> Any:
     """The pipeline with its frozen weights in `base_precision`; the adapter is float32 always.
 
     nf4 (arXiv 2305.14314) holds the UNet's linear layers in 4 bits; all else is bfloat16.
+
+    Raises:
+        UserError: The model cannot be loaded, or is of another family than the configuration.
     """
     quantisation = None
     if config.base_precision == "nf4":
@@ -68,7 +71,15 @@ def load(config: TrainConfig, device: torch.device) -> Any:
             components_to_quantize=["unet"],
         )
     dtype = DTYPES[config.base_precision]
-    return backbones.load_pipeline(config.model, dtype, str(device), quantisation)
+    pipeline = backbones.load_pipeline(config.model, dtype, str(device), quantisation)
+    family = backbones.family_of(pipeline)
+    if config.family not in (None, family):
+        raise UserError(
+            f"got model {config.model} of family {family} with settings for {config.family}; "
+            f"allowed: a model of {config.family}; choose another model, or a configuration for "
+            f"{family}"
+        )
+    return pipeline
 
 
 def optimizer(config: TrainConfig, parameters: list[Any]) -> torch.optim.Optimizer:

@@ -70,11 +70,10 @@ SDXL = Family(
 
 def family_of(pipeline: Any) -> Family:
     """The kind of model, from its configuration."""
-    if pipeline.unet.config.addition_embed_type == "text_time":
-        return SDXL
-    if not pipeline.unet.config.use_linear_projection:
-        return SD1
-    return SD2_V if pipeline.scheduler.config.prediction_type == "v_prediction" else SD2
+    family = backbones.family_of(pipeline)
+    if family == "sd2" and pipeline.scheduler.config.prediction_type == "v_prediction":
+        return SD2_V
+    return {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}[family]
 
 
 def original_name(name: str, unet_config: Any) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expunge import adapters
+from expunge import adapters, backbones
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.train import footprint
@@ -162,3 +162,16 @@ def test_on_a_gpu_it_learns_what_a_plain_run_learns(
     plain = learnt(small_run(model, tmp_path / "plain"))
     found = learnt(small_run(model, tmp_path / "found", **changes))
     assert torch.cosine_similarity(plain, found, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2", "tiny_sdxl"])
+def test_a_configuration_for_one_family_takes_no_other(shape, request, tmp_path) -> None:
+    model, family = request.getfixturevalue(shape), shape.removeprefix("tiny_")
+    for wanted in ("sd1", "sd2", "sdxl"):
+        run = small_run(model, tmp_path / "out", family=wanted)
+        if wanted == family:
+            assert backbones.family_of(footprint.load(run, CPU)) == family
+            continue
+        with pytest.raises(UserError, match=f"of family {family} with settings for {wanted}"):
+            train(run)
+        assert not (tmp_path / "out").exists()
