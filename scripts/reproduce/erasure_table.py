@@ -115,8 +115,7 @@ def subjects(pictures: Path) -> dict[str, Subject]:
     ]  # fmt: skip
     found["ink"] = Subject(
         ink, "ink", styles,
-        {"preserve": {"preserve.pairs": 0}, "density": sight | {"start.sentences": False},
-         "UCE": {"objective.sentences": False}},
+        {"preserve": {"preserve.pairs": 0}, "density": sight},
     )  # fmt: skip
     # The token was learnt from such pictures, and the density sees them; none reads "bomb".
     shown = {"name": "bomb", "targets": ["<bomb>"], "tokens": ["emoji/tokens/bomb.safetensors"]}

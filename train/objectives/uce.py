@@ -22,15 +22,12 @@ class Uce:
         erase_scale: a.
         preserve_scale: b.
         regularisation: λ.
-        sentences: Retained nouns stay not only by themselves, but in the concept's templates as
-            well, where the concept is erased; published: no.
         tokens: Of each text `last`, its last token, as published; `rest`, that and all behind it.
     """
 
     erase_scale: float = 1.0
     preserve_scale: float = 1.0
     regularisation: float = 0.5
-    sentences: bool = False
     tokens: Literal["last", "rest"] = "last"
 
     modules: ClassVar[str] = "x-strict"
@@ -50,7 +47,6 @@ class Uce:
     def gather(self, pipeline: Any, concept: Concept) -> Fitter:
         """A fitter that knows what is erased and what stays."""
         from expunge.train.closed_form.fitter import Fitter, embeddings
-        from expunge.train.preserve import Preserve
 
         width = pipeline.unet.config.cross_attention_dim
         fitter = Fitter(width, self.regularisation)
@@ -68,9 +64,7 @@ class Uce:
                 )
                 n = min(len(c), len(g))
                 fitter.erase(c[:n], g[:n], self.erase_scale)
-        nouns = Preserve.nouns(concept) if self.sentences else []
-        inside = [(template, noun) for noun in nouns for template in concept.templates]
-        for template, text in dict.fromkeys([*(("{}", p) for p in concept.retained()), *inside]):
-            prompt, end = template.replace("{}", text), template.index("{}") + len(text)
-            fitter.preserve(embeddings(pipeline, prompt, end, self.tokens), self.preserve_scale)
+        for prompt in concept.retained():
+            p = embeddings(pipeline, prompt, len(prompt), self.tokens)
+            fitter.preserve(p, self.preserve_scale)
         return fitter
