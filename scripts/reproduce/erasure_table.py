@@ -58,7 +58,9 @@ METHODS = {
 OBJECTS = ("bomb", "sword", "cigarette", "syringe", "skull", "ghost", "cat face", "rocket")
 STYLE_TEMPLATES = ["a key in {} style", "a cat face in {} style", "{} drawing of a car",
                    "an apple in {} style", "{} drawing of a sun", "a crown in {} style",
-                   "{} drawing of a mushroom", "a penguin in {} style"]  # fmt: skip
+                   "{} drawing of a mushroom", "a penguin in {} style",
+                   "a sun and a cat face in {} style", "a key and a frog in {} style",
+                   "{} drawing of a car and a crown"]  # fmt: skip
 SHOWN = ["a bomb", "a bomb in ink style on a pink background",
          "a bomb in sticker style on a blue background",
          "a bomb in blueprint style on a white background"]  # fmt: skip
@@ -241,10 +243,12 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 def _rate(runs: list[dict[str, Any]], metric: str, kept: bool) -> str:
     """Pooled, with Wilson's interval; of what is kept also per cent of the base."""
     counts = [
-        [(round(m["value"] * m["n"]), m["n"]) for m in (x[kind][metric] for x in runs)]
+        [(round((m["value"] or 0) * m["n"]), m["n"]) for m in (x[kind][metric] for x in runs)]
         for kind in ("metrics", "base")
     ]
     (k, n), (k0, n0) = ((sum(a for a, _ in c), sum(b for _, b in c)) for c in counts)
+    if not n:
+        return "–"
     low, high = wilson(k, n)
     text = f"{100 * k / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{text} ({100 * (k / n) / (k0 / n0):.0f})" if kept and k0 else text
