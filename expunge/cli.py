@@ -91,6 +91,15 @@ def run(command: Command, argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"expunge: error: the disk is full ({error}); free some space", file=sys.stderr)
+        elif isinstance(error, FloatingPointError):
+            print(f"expunge: error: {error}", file=sys.stderr)
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for that
+            print(
+                f"expunge: error: the GPU's memory is full ({str(error).splitlines()[0]}); take a "
+                "smaller batch_size; for a training gradient_checkpointing, offload and "
+                "base_precision help too",
+                file=sys.stderr,
+            )
         else:
             traceback.print_exc()
         return 1

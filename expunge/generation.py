@@ -6,6 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AT_ONCE = 16
+PIXELS_AT_ONCE = 8 * 512 * 512  # a VAE's decoder holds about half a gigabyte for each 512²
+
+
+def pictures_at_once(pipeline: Any) -> int:
+    """How many pictures of the model's own size a batch holds."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (height * width * pipeline.vae_scale_factor**2)))
+
 
 @torch.no_grad()
 def generate(
@@ -15,7 +25,7 @@ def generate(
     *,
     steps: int,
     guidance_scale: float,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one for each prompt and seed.
 
@@ -28,14 +38,15 @@ def generate(
         seeds: N seeds.
         steps: Denoising steps.
         guidance_scale: s in ẽ = e0 + s (ep − e0).
-        batch_size: Pictures at a time.
+        batch_size: Pictures at a time; default: 16, or as many as eight of SD 1.x have pixels.
 
     Raises:
         FloatingPointError: A picture holds NaN.
     """
+    at_once = batch_size or pictures_at_once(pipeline)
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(prompts), at_once):
+        part = slice(start, start + at_once)
         images = pipeline(
             list(prompts[part]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],

@@ -65,18 +65,6 @@ def noised(x0: Tensor, ε: Tensor, ᾱ: Tensor) -> Tensor:
     return a * x0 + b * ε
 
 
-def from_epsilon(ε: Tensor, x_t: Tensor, ᾱ: Tensor, kind: str) -> Tensor:
-    """What a network of this kind would have predicted: the inverse of `to_epsilon`."""
-    a, b = _coefficients(ᾱ, x_t)
-    if kind == "epsilon":
-        return ε
-    if kind == "v_prediction":
-        return (ε - b * x_t) / a
-    if kind == "sample":
-        return (x_t - b * ε) / a
-    raise ValueError(f"got {kind!r}; allowed: {PREDICTION_TYPES}")
-
-
 @dataclass(frozen=True)
 class Level:
     """One step's noise level: x_t = α x_0 + σ ε, and what the network predicts there.

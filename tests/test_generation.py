@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from expunge import backbones
-from expunge.generation import generate
+from expunge.generation import generate, pictures_at_once
 
 PROMPTS = ["a bomb", "a key", "a cat face", "a bus", "a bomb"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -37,3 +37,14 @@ def test_nan_is_an_error_and_not_a_black_picture(tiny_sd1) -> None:
     pipeline.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
         draw(pipeline, ["a bomb"], [0])
+
+
+def test_how_many_at_once_follows_from_their_size(tiny_sd1) -> None:
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    counts = {}
+    for side in (8, 64, 96, 128, (128, 128), 512):
+        pipeline.unet.register_to_config(sample_size=side)
+        counts[side] = pictures_at_once(pipeline)
+    assert counts[8] == counts[64] == 16
+    assert counts[512] == 8 * 512 * 512 // (512 * pipeline.vae_scale_factor) ** 2
+    assert counts[128] == counts[128, 128]

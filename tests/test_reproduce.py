@@ -64,6 +64,16 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
     more = ("--only", "density; UCE", "--limit", "1", "--present", "true")
     assert run("erasure_table.py", *more, "--output_dir", str(tmp_path)).returncode == 0
     assert json.loads((tmp_path / "table.json").read_text())["cells"].keys() == cells.keys()
+    for bad, said in (
+        (("--only", "ESD", "--present", "true"), "no cell that is there"),
+        (("--only", "UCE", "--concepts", "ink"), "other settings than today's"),
+    ):
+        if "ink" in bad:
+            file = tmp_path / "UCE" / "ink" / "0" / "config.yaml"
+            file.write_text(file.read_text().replace("rank: 32", "rank: 31"))
+        done = run("erasure_table.py", *bad, "--limit", "1", "--output_dir", str(tmp_path))
+        assert done.returncode == 2
+        assert said in done.stderr
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 

@@ -29,7 +29,7 @@ pipeline.load_lora_weights("{folder}")
 | rank, alpha | {rank}, {alpha} |
 | preservation | {preservation} |
 | seed | {seed} |
-| UNet forwards (teacher / student / sampling) | {forwards} |
+{closed_form}| UNet forwards (teacher / student / sampling) | {forwards} |
 | seconds | {seconds} |
 | base sha256 | `{base}` |
 | adapter sha256 | `{adapter}` |
@@ -60,7 +60,7 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         folder=config.output_dir,
         objective=f"{result['objective']}: {config.objective}",
         steps=result["steps"],
-        batch=config.batch_size * config.gradient_accumulation,
+        batch=result["batch"] * config.gradient_accumulation,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         preservation=f"λ = {keep.weight:g}, {len(config.concept.retained())} prompts, "
@@ -68,6 +68,9 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         if keep.weight
         else "none",
         seed=config.seed,
+        closed_form=f"| of the closed form's edit lost to the rank | {result['svd_error']:.1%} |\n"
+        if "svd_error" in result
+        else "",
         forwards=" / ".join(str(forwards[k]) for k in ("teacher", "student", "sampling")),
         seconds=result["seconds"],
         base=result["base_sha256"] or "not known: it came from the hub",

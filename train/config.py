@@ -1,5 +1,6 @@
 """The configuration of a training run: nested, strict, YAML and command line alike."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -27,8 +28,8 @@ class Lora:
     targets: Literal["x", "x-strict", "u", "all"] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"got {self}; allowed: rank 1 or more, alpha above 0")
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
+            raise ValueError(f"got {self}; allowed: rank 1 or more, alpha above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Validation:
     guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.seeds < 1 or self.steps < 1:
-            raise ValueError(f"got {self}; allowed: every 0 or more, seeds and steps 1 or more")
+        if self.every < 0 or self.seeds < 1 or not 1 <= self.steps <= 1000:
+            raise ValueError(
+                f"got {self}; allowed: every 0 or more, seeds 1 or more, steps 1 to 1000"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,26 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
+        if math.isinf(self.learning_rate):
+            raise ValueError("got learning_rate inf; allowed: a finite one, say 1e-3")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"got seed {self.seed}; allowed: 0 to 2⁶³ − 1")
+        if self.warmup and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"got warmup {self.warmup} with lr_scheduler constant, which has none; allowed: "
+                "constant_with_warmup, linear, cosine"
+            )
+        if self.base_precision == "nf4" and self.start is not None:
+            raise ValueError(
+                "got base_precision nf4 with start, which reads the weights themselves; allowed: "
+                "bf16, or no start"
+            )
+        drawn = getattr(self.latents, "knows_noise", False) and not self.latents.folder
+        if self.several.order == "balanced" and drawn:
+            raise ValueError(
+                "got several.order balanced with latents that are drawn once, before anything is "
+                "known; allowed: order random; or latents.type replay or rollout"
+            )
         if self.base_precision == "fp16" and self.mixed_precision != "fp16":
             raise ValueError(
                 f"got base_precision fp16 with mixed_precision {self.mixed_precision}; allowed: "
@@ -156,6 +179,14 @@ class TrainConfig:
             raise ValueError(
                 "got start, gate or robust with an objective in closed form, which has no training "
                 "loss; allowed: an objective that is trained; leave them out"
+            )
+        if hasattr(self.objective, "fit") and (
+            self.probe or self.lora.targets or self.several != Several()
+        ):
+            raise ValueError(
+                "got probe, several or lora.targets with an objective in closed form, which edits "
+                "all targets at once and its own layers; allowed: an objective that is trained; "
+                "leave them out"
             )
         own = "student/concept" in getattr(self.objective, "needs", ("student/concept",))
         if (self.gate or self.robust) and not own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -186,6 +187,11 @@ class Replay(Rollout):
                 f"got {self}; allowed: rollouts, refresh and directions 1 or more, coreset 0 or "
                 "more"
             )
+        if self.coreset and self.times != "uniform":
+            raise ValueError(
+                f"got latents.times {self.times} with a coreset, which weighs latents itself; "
+                "allowed: times uniform, or coreset 0"
+            )
 
     def open(self) -> Bank:
         """Empty."""
@@ -348,18 +354,20 @@ def trajectory(
     """The first k steps of DDIM with guidance; `how` says its scale and source."""
     device, batch = x_t.device, len(x_t)
     both = Conditioning.cat([null.expand(batch), embeddings])
-    network = "student_sg" if how.source == "student" else how.source
-    for t in scheduler.timesteps[:k]:
-        inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)
-        raw = networks.raw(network, inputs)
-        networks.forwards["sampling"] += 2 * batch
-        # Guidance is linear, so it may act on ε, v or x_0 alike.
-        raw0, raw_p = raw.chunk(2)
-        guided = prediction.guide(raw0, raw_p, how.guidance_scale)
-        after = scheduler.step(guided, t, x_t).prev_sample
-        e0, e = networks.to_epsilon(raw, inputs).chunk(2)
-        yield _State(x_t, inputs.t[:batch], e0, e, after)
-        x_t = after
+    network = "teacher" if how.source == "teacher" else "student_sg"
+    # Once for all steps: every change of weights goes by way of the CPU.
+    with networks.averaged() if how.source == "ema" else nullcontext():
+        for t in scheduler.timesteps[:k]:
+            inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)
+            raw = networks.raw(network, inputs)
+            networks.forwards["sampling"] += 2 * batch
+            # Guidance is linear, so it may act on ε, v or x_0 alike.
+            raw0, raw_p = raw.chunk(2)
+            guided = prediction.guide(raw0, raw_p, how.guidance_scale)
+            after = scheduler.step(guided, t, x_t).prev_sample
+            e0, e = networks.to_epsilon(raw, inputs).chunk(2)
+            yield _State(x_t, inputs.t[:batch], e0, e, after)
+            x_t = after
 
 
 def ddim(scheduler: Any, steps: int) -> Any:

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ class Progress:
     forwards: dict[str, int] = field(
         default_factory=lambda: {"teacher": 0, "student": 0, "sampling": 0}
     )
+    sights: dict[str, int] = field(default_factory=lambda: {"looked": 0, "seen": 0})
     base: str | None = None  # sha256 of the model that is erased from
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
     stopped: bool = False  # by the probe
     tokens: dict[str, str] = field(default_factory=dict)  # sha256 of each soft token's file
+    svd_error: float | None = None  # what the LoRA lacks of a closed form's edit
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -83,6 +85,7 @@ class Trainer:
         self.unet = unet = pipeline.unet
         objective = config.objective
         modules = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        began = time.perf_counter()
         edit, edited = None, []
         if config.start is not None:
             edit = config.start.fit(pipeline, config.concept)
@@ -90,8 +93,8 @@ class Trainer:
         self.parameters = adapters.attach(
             unet, modules, config.lora.rank, config.lora.alpha, config.seed
         )
-        if edit is not None:
-            install(edit, unet, edited)
+        lost = install(edit, unet, edited) if edit is not None else None
+        seconds = time.perf_counter() - began if edit is not None else 0.0
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
@@ -118,7 +121,9 @@ class Trainer:
         self.share = Share(accelerator.process_index, accelerator.num_processes)
         retained = config.preserve.batch_size if config.preserve.weight else 0
         batch = config.batch_size * self.share.count, retained * self.share.count
-        self.progress = Progress(base=base, batch=batch, tokens=tokens or {})
+        self.progress = Progress(
+            seconds=seconds, base=base, batch=batch, tokens=tokens or {}, svd_error=lost
+        )
         self.latents = config.latents.open()
         self.maker = Maker(
             self.networks,
@@ -187,7 +192,8 @@ class Trainer:
     def run(self, validate: Callable[[int], None]) -> None:
         """Train to the last step; `validate(step)` is called when pictures are due."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
-        earlier = Counter(progress.forwards)  # of any number of processes
+        # Of any number of processes.
+        earlier, earlier_sights = Counter(progress.forwards), Counter(progress.sights)
         begun = time.perf_counter() - progress.seconds
         bar = tqdm(
             total=config.steps,
@@ -202,7 +208,9 @@ class Trainer:
             logs = self._optimise(progress.step)
             progress.step += 1
             progress.seconds = time.perf_counter() - begun
-            progress.forwards = {k: earlier[k] + n for k, n in self._forwards().items()}
+            forwards, sights = self._sum(self.networks.forwards), self._sum(self.losses.sights())
+            progress.forwards = {k: earlier[k] + n for k, n in forwards.items()}
+            progress.sights = {k: earlier_sights[k] + n for k, n in sights.items()}
             accelerator.log(logs, step=progress.step)
             bar.update()
             bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k != "learning_rate"})
@@ -219,6 +227,7 @@ class Trainer:
                 and not last
             ):
                 validate(progress.step)
+                begun = time.perf_counter() - progress.seconds
         bar.close()
 
     def _look(self, bar: Any) -> None:
@@ -236,9 +245,8 @@ class Trainer:
             done += self.probe.satisfied(rates)
         progress.stopped = bool(accelerator.reduce(done).item())
 
-    def _forwards(self) -> dict[str, int]:
-        """Passes of all processes since the run began or went on."""
-        own = self.networks.forwards
+    def _sum(self, own: Mapping[str, int]) -> dict[str, int]:
+        """Counts of all processes since the run began or went on."""
         counts = torch.tensor(list(own.values()), device=self.accelerator.device)
         total = self.accelerator.reduce(counts, "sum")
         return dict(zip(own, total.tolist(), strict=True))
@@ -276,10 +284,10 @@ class Trainer:
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that was used: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was used: of the GPU if that is the device, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     # Linux counts kilobytes, macOS bytes.
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -37,8 +37,9 @@ class Losses:
     def __init__(self, config: TrainConfig, pipeline: Any, maker: Maker, latents: Source) -> None:
         self.config, self.maker, self.latents = config, maker, latents
         self.near = self._neighbours()
-        self.turns = Turns(config.several, config.concept)
-        self.attack = None
+        joined = getattr(config.objective, "latents_prompt", "single") == "joined"
+        self.turns = Turns(config.several, config.concept, whole=joined)
+        self.attack, self.offset = None, 0.0  # where among the samples the attack begins
         if config.robust is not None:
             self.attack = config.robust.open(pipeline, config.concept, config.seed)
         # What is made of the teacher's predictions, and does not change either.
@@ -59,15 +60,15 @@ class Losses:
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         count = self.maker.share.count
         keep = replace(config.preserve, batch_size=count * config.preserve.batch_size)
+        dealt = self.turns.deal(rng)
 
         def ask() -> Request:
-            erased = [
-                objective.prompts(self.turns.pick(rng), rng)
-                for _ in range(count * config.batch_size)
-            ]
+            erased = [objective.prompts(next(dealt), rng) for _ in range(count * config.batch_size)]
             return Request(erased, keep.prompts(concept, rng, self.near))
 
         batch = self.latents.batch(ask, self.maker, generator, draw)
+        if self.attack is not None:
+            self.offset = float(torch.rand((), generator=generator))
         names = list(objective.needs)
         if config.gate is not None:
             names += ["gate/concept", "teacher/concept"]
@@ -85,6 +86,11 @@ class Losses:
             kept = config.preserve.loss(found["student/retained"], found["teacher/retained"])
             losses["preserve"] = kept.mean()
         return losses
+
+    def sights(self) -> dict[str, int]:
+        """How many pictures a density was asked about here, and on how many it saw the concept."""
+        made = [guide.sight for guide in self.derived.values()]
+        return {"looked": sum(s.looked for s in made), "seen": sum(s.seen for s in made)}
 
     def _embeddings(self, batch: Batch, generator: torch.Generator) -> dict[str, Conditioning]:
         """What the objective asks for besides prompts."""
@@ -162,9 +168,16 @@ class Losses:
         """What the student reads: of some prompts, what an attacker makes of them."""
         if self.attack is None:
             return self.maker.embed(prompts)
-        m = max(1, round(self.attack.how.share * len(prompts)))
-        rest = [self.maker.embed(prompts[m:])] if prompts[m:] else []
-        return Conditioning.cat([self.attack(prompts[:m]), *rest])
+        # Evenly among the samples of all processes, so that their number changes nothing.
+        s, share = self.attack.how.share, self.maker.share
+        rows = share.rows(share.count * len(prompts))
+        hit = [(r + 1) * s + self.offset >= 1 + int(r * s + self.offset) for r in rows]
+        order = sorted(range(len(prompts)), key=lambda i: not hit[i])
+        attacked, rest = ([prompts[i] for i in order if hit[i] == x] for x in (True, False))
+        parts = [self.attack(attacked)] if attacked else []
+        parts += [self.maker.embed(rest)] if rest else []
+        back = torch.tensor(order, device=parts[0].states.device).argsort()
+        return Conditioning.cat(parts)[back]
 
     def _neighbours(self) -> list[str]:
         """The retained prompts nearest to the targets."""

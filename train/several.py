@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +18,10 @@ class Several:
     """How the targets of one concept take turns.
 
     Attributes:
-        order: `random`, any target at any time; `joined`, all of them in one prompt, separated by
-            commas; `balanced`, each as often as it is not erased yet: with a probability in
-            proportion to its loss now, of what its loss was at first. With latents from a bank that
-            takes effect whenever the bank is made anew.
+        order: `random`, in any order, each as often as any other; `joined`, all of them in one
+            prompt, separated by commas; `balanced`, each as often as it is not erased yet: with a
+            probability in proportion to its loss now, of what its loss was at first. With latents
+            from a bank that takes effect whenever the bank is made anew.
         memory: Of the averages of a target's loss, per sample.
     """
 
@@ -38,6 +39,8 @@ class Turns:
     Args:
         how: Its settings.
         concept: What is erased.
+        whole: Whether the objective itself reads all targets, as SDD's joined prompt does; then it
+            also draws one of them at random.
 
     Attributes:
         first: Target -> mean loss of its first samples.
@@ -47,24 +50,42 @@ class Turns:
 
     FIRST = 8
 
-    def __init__(self, how: Several, concept: Concept) -> None:
-        self.how, self.concept = how, concept
+    def __init__(self, how: Several, concept: Concept, whole: bool = False) -> None:
+        self.how, self.concept, self.whole = how, concept, whole
         self.first: dict[str, float] = {}
         self.now: dict[str, float] = {}
         self.seen: dict[str, int] = {}
 
-    def pick(self, rng: random.Random) -> Concept:
-        """The concept as the next sample is to see it."""
+    def deal(self, rng: random.Random) -> Iterator[Concept]:
+        """The concept as one sample after another is to see it, without end."""
+        targets = self.concept.targets
+        while True:
+            if self.how.order == "random" and len(targets) > 1 and not self.whole:
+                # No target twice before each was met once: a bank may be the only one of its run.
+                yield from map(self._alone, rng.sample(targets, len(targets)))
+            else:
+                yield self._pick(rng)
+
+    def _pick(self, rng: random.Random) -> Concept:
         targets = self.concept.targets
         if self.how.order == "random" or len(targets) == 1:
             return self.concept
         if self.how.order == "joined":
             joined, anchors = ", ".join(targets), [self.concept.anchor_of(t) for t in targets]
             anchor = ", ".join(dict.fromkeys(anchors))
-            return replace(self.concept, targets=[joined], anchor=anchor, anchors=[])
-        target = rng.choices(targets, [self.remaining(target) for target in targets])[0]
-        anchor = self.concept.anchor_of(target)
-        return replace(self.concept, targets=[target], anchor=anchor, anchors=[])
+            return replace(
+                self.concept, targets=[joined], anchor=anchor, anchors=[],
+                preserve=self.concept.retained(),
+            )  # fmt: skip
+        return self._alone(rng.choices(targets, [self.remaining(t) for t in targets])[0])
+
+    def _alone(self, target: str) -> Concept:
+        concept = self.concept
+        # The others must not be taken for what stays.
+        return replace(
+            concept, targets=[target], anchor=concept.anchor_of(target), anchors=[],
+            preserve=concept.retained(),
+        )  # fmt: skip
 
     def remaining(self, target: str) -> float:
         """What is left of a target: 1 before anything was learnt, 0 when its loss is gone."""

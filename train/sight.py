@@ -51,6 +51,10 @@ class Sight:
         look: From x̂0 to pictures.
         scheduler: The model's noise schedule.
         guidance_scale: s.
+
+    Attributes:
+        looked: Pictures it was asked about.
+        seen: Of them, those on which a concept was seen.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("teacher/concept", "teacher/null")
@@ -58,6 +62,7 @@ class Sight:
     def __init__(self, density: Any, look: Any, scheduler: Any, guidance_scale: float) -> None:
         self.density, self.look = density, look
         self.scheduler, self.guidance_scale = scheduler, guidance_scale
+        self.looked, self.seen = 0, 0
 
     def __call__(
         self, predictions: Mapping[str, Tensor], x_t: Tensor, t: Tensor
@@ -73,7 +78,10 @@ class Sight:
             ẽ = prediction.guide(e0, ep, self.guidance_scale)
             images = self.look(prediction.to_x0(ẽ, x_t.float(), ᾱ))
             harm = self.density(images).per_concept
-            return images, harm >= self.density.thresholds.to(harm)
+            seen = harm >= self.density.thresholds.to(harm)
+            self.looked += len(seen)
+            self.seen += int(seen.any(1).sum())
+            return images, seen
 
 
 class Gatekeeper:

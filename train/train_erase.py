@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def train(config: TrainConfig) -> Path:
         UserError: The model, the folder or the configuration is wrong; nothing was written.
     """
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     from expunge import adapters
     from expunge.errors import UserError
@@ -60,6 +61,8 @@ def train(config: TrainConfig) -> Path:
             mixed_precision=config.mixed_precision,
             log_with="tensorboard",
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+            # While one process draws pictures or writes, the others wait: NCCL gives it 10 minutes.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         )
     except ValueError as error:
         raise UserError(
@@ -76,6 +79,7 @@ def train(config: TrainConfig) -> Path:
 def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge import backbones, soft_tokens
     from expunge.configuration import dump
+    from expunge.errors import UserError
     from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
     from expunge.train import footprint
     from expunge.train.closed_form.solve import solve
@@ -84,7 +88,8 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
 
     pipeline = footprint.load(config, accelerator.device)
     tokens = soft_tokens.load(pipeline, config.concept.tokens)
-    soft_tokens.require(pipeline, [*config.concept.texts(), *config.validation.prompts])
+    texts = [*config.concept.texts(), *config.validation.prompts, *config.preserve.templates]
+    soft_tokens.require(pipeline, [*texts, *_strings(asdict(config.objective))])
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
 
@@ -97,11 +102,11 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     if isinstance(config.objective, ClosedForm):
         if accelerator.is_main_process:
             progress = Progress(base=base, tokens=tokens)
-            edit, lost = solve(config, pipeline, progress)
+            edit = solve(config, pipeline, progress)
             begin()
             edit.save(folder / EDIT)
+            _finish(config, pipeline, progress, folder, accelerator.device)
             _save_sheet(config, pipeline, folder, 0)
-            _finish(config, pipeline, progress, folder, lost)
         accelerator.wait_for_everyone()
         return
     probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
@@ -113,11 +118,27 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
     trainer.run(lambda step: _validate(trainer, folder, step))
-    _validate(trainer, folder, trainer.progress.step)
+    sights = trainer.progress.sights
+    if sights["looked"] and not sights["seen"]:
+        raise UserError(
+            f"got a density that saw the concept in none of {sights['looked']} pictures, so that "
+            "it erased nothing; allowed: one that sees it; lower its threshold, or name the "
+            "concept in other words"
+        )
     if accelerator.is_main_process:
         with trainer.networks.averaged():
-            _finish(config, pipeline, trainer.progress, folder)
+            _finish(config, pipeline, trainer.progress, folder, accelerator.device)
     accelerator.wait_for_everyone()
+    # Last: on a small GPU pictures may need more than the training did.
+    _validate(trainer, folder, trainer.progress.step)
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in plain values."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    return [s for part in parts for s in _strings(part)] if isinstance(value, dict | list) else []
 
 
 def _refuse_foreign_results(config: TrainConfig, folder: Path) -> None:
@@ -137,7 +158,16 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
     earlier = folder / "config.yaml"
     if not (config.resume and earlier.is_file()):
         return
-    then, now = yaml.safe_load(earlier.read_text()) or {}, yaml.safe_load(dump(config))
+    try:
+        then = yaml.safe_load(earlier.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        then = None
+    if not isinstance(then, dict):
+        raise UserError(
+            f"got {earlier}, which no training wrote; allowed: the folder of a run; choose another "
+            "output_dir"
+        )
+    now = yaml.safe_load(dump(config))
     for run in (then, now):
         # On other numbers of processes these differ; the checkpoint tells whether all may.
         run.pop("batch_size", None)
@@ -155,7 +185,7 @@ def _finish(
     pipeline: Any,
     progress: Progress,
     folder: Path,
-    svd_error: float | None = None,
+    device: Any,
 ) -> None:
     import yaml
 
@@ -182,8 +212,8 @@ def _finish(
         "seed": config.seed,
         "steps": progress.step,
     }
-    if svd_error is not None:
-        about["svd_error"] = svd_error
+    if progress.svd_error is not None:
+        about["svd_error"] = progress.svd_error
     file = adapters.save(pipeline, folder, about)
     result = about | {
         "schema_version": 1,
@@ -191,16 +221,23 @@ def _finish(
         "unet_forwards": progress.forwards,
         "probes": progress.probes,
         "stopped": progress.stopped,
+        "sights": progress.sights,
+        "batch": progress.batch[0],
         "trainable_parameters": sum(
             p.numel() for p in pipeline.unet.parameters() if p.requires_grad
         ),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(device),
         "adapter_sha256": sha256_file(file),
         "provenance": provenance(),
     }
     write_text_atomic(folder / "README.md", model_card(config, result))
     write_json_atomic(folder / RESULT, result)
     print(f"erased {config.concept.name!r}; the LoRA was read back and is {file}")
+    if (progress.svd_error or 0) > 0.1:
+        print(
+            f"rank {config.lora.rank} lacks {progress.svd_error:.0%} of the closed form's edit; "
+            "raise lora.rank"
+        )
 
 
 def _validate(trainer: Trainer, folder: Path, step: int) -> None:

@@ -13,6 +13,7 @@ the interval takes the pictures for independent, which those of one training are
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,12 +28,13 @@ from measure import markdown, row
 from expunge.backbones import load_pipeline, recommended_guidance
 from expunge.cli import run
 from expunge.concepts import Concept
-from expunge.configuration import parse
+from expunge.configuration import load, parse
 from expunge.errors import UserError
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.generation import generate
 from expunge.pictures import save_png, to_pil
 from expunge.results import provenance, wilson, write_json_atomic, write_text_atomic
+from expunge.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "train"
@@ -151,6 +153,8 @@ def main(argv: list[str]) -> None:
                     {"cells": cells, "limit": config.limit, "provenance": provenance()},
                 )
                 write_text_atomic(config.output_dir / "table.md", table(cells))
+    if not cells:
+        raise UserError("got no cell that is there; allowed: one or more; leave out --present")
     print(table(cells))
 
 
@@ -168,15 +172,22 @@ def folder_of(config: Config, name: str) -> Path:
 def cell(method: str, subject: Subject, seed: int, config: Config, name: str) -> dict[str, Any]:
     """One training and its evaluation."""
     folder = folder_of(config, name)
-    if not (folder / "train_result.json").exists():
-        settings = settings_of(method, subject) | {"seed": seed, "output_dir": str(folder)}
-        settings |= {"checkpoint_every": 0, "validation.prompts": ["a key"], "validation.seeds": 1}
-        settings |= {"overwrite": True} if folder.exists() else {}
-        command = [sys.executable, str(ROOT / "train_erase.py")]
-        command += ["--config", str(CONFIGS / METHODS[method].config)]
-        for key, value in settings.items():
-            command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    settings = settings_of(method, subject) | {"seed": seed, "output_dir": str(folder)}
+    settings |= {"checkpoint_every": 0, "validation.prompts": ["a key"], "validation.seeds": 1}
+    arguments = ["--config", str(CONFIGS / METHODS[method].config)]
+    for key, value in settings.items():
+        arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    if (folder / "train_result.json").exists():
+        if load(TrainConfig, folder / "config.yaml") != parse(TrainConfig, arguments):
+            raise UserError(
+                f"got a cell {folder} that was trained with other settings than today's; allowed: "
+                "cells of one recipe in one table; remove it, or choose another output_dir"
+            )
+    else:
+        arguments += ["--overwrite", "true"] if folder.exists() else []
+        command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
+        own = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+        done = subprocess.run(command, capture_output=True, text=True, env=own)
         if done.returncode:
             raise UserError(f"the training of {name} failed: {done.stderr.strip()[-300:]}")
     trained = json.loads((folder / "train_result.json").read_text())

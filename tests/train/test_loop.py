@@ -20,7 +20,9 @@ from expunge.train.latents import Replay, Rollout
 from expunge.train.noised import Noised
 from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
+from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
+from expunge.train.several import Several
 from expunge.train.sight import Gate
 from expunge.train.train_erase import train
 from small_runs import ANCHORED, KINDS, small_run
@@ -153,6 +155,12 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
         ({"latents": Rollout(source="ema")}, "keeps no average"),
         ({"preserve": Preserve(weight=1.0), "concept": Concept(targets=["a"])}, "preserve"),
         ({"objective": Ablation()}, "concept.anchor"),
+        ({"warmup": 5}, "constant_with_warmup"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"seed": 2**63}, "seed"),
+        ({"start": Uce(), "base_precision": "nf4"}, "reads the weights themselves"),
+        ({"objective": Uce(), "preserve": Preserve(), "lora": Lora(targets="x")}, "lora.targets"),
+        ({"latents": Noised(), "several": Several(order="balanced")}, "drawn once"),
         ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
     ],
 )
@@ -161,7 +169,38 @@ def test_settings_that_contradict_each_other(tiny_sd1, tmp_path, changes, match)
         small_run(tiny_sd1, tmp_path / "out", **changes)
 
 
-@pytest.mark.parametrize("bad", [{"every": -1}, {"seeds": 0}, {"steps": 0}])
+def test_a_blind_density_does_not_bring_back_what_a_closed_form_took(tiny_sd1, tmp_path) -> None:
+    blind = Density(ClipText(threshold=1.0))
+    with pytest.raises(UserError, match="none of"):
+        train(small_run(tiny_sd1, tmp_path / "out", objective=blind, start=Uce()))
+    assert not (tmp_path / "out" / adapters.FILE).exists()
+
+
+def test_what_a_rank_cannot_hold_of_a_closed_form_is_said(tiny_sd1, tmp_path, capsys) -> None:
+    for name, rank in (("small", 1), ("large", 32)):
+        run = small_run(
+            tiny_sd1, tmp_path / name, objective=Uce(tokens="rest"), preserve=Preserve(),
+            lora=Lora(rank=rank, alpha=rank),
+        )  # fmt: skip
+        train(run)
+        assert ("raise lora.rank" in capsys.readouterr().out) == (name == "small")
+        lost = json.loads((tmp_path / name / "train_result.json").read_text())["svd_error"]
+        assert (lost > 0.1) == (name == "small")
+        assert "lost to the rank" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_sheet_that_fails_does_not_take_the_lora_with_it(tiny_sd1, tmp_path, monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("expunge.generation.generate", fails)
+    with pytest.raises(MemoryError):
+        train(small_run(tiny_sd1, tmp_path / "out"))
+    assert (tmp_path / "out" / "train_result.json").is_file()
+    assert load_erased(tiny_sd1, [str(tmp_path / "out")]).get_active_adapters()
+
+
+@pytest.mark.parametrize("bad", [{"every": -1}, {"seeds": 0}, {"steps": 0}, {"steps": 1001}])
 def test_senseless_validation(bad) -> None:
     with pytest.raises(ValueError, match="Validation"):
         Validation(**bad)
@@ -250,7 +289,14 @@ def test_where_nothing_is_ever_seen_the_weights_stay(tiny_sd1, tmp_path, how) ->
             tiny_sd1, tmp_path / str(η), preserve=Preserve(), steps=3, **changes
         )  # fmt: skip
 
-    with pytest.raises(UserError, match="erases nothing"):
-        train(run(1.0))
+    blind = dataclasses.replace(run(1.0), checkpoint_every=3)
+    with pytest.raises(UserError, match=r"saw the concept in none of \d+ pictures"):
+        train(blind)
+    assert not (tmp_path / "1.0" / adapters.FILE).exists()
+    (state,) = (tmp_path / "1.0" / "checkpoints").iterdir()
+    left = load_file(state / "adapter.safetensors")
+    assert not any(v.any() for k, v in left.items() if "lora_B" in k)
     train(run(-1.0))
+    sights = json.loads((tmp_path / "-1.0" / "train_result.json").read_text())["sights"]
+    assert sights["seen"] == sights["looked"] > 0
     assert any(v.any() for k, v in weights(tmp_path / "-1.0").items() if "lora_B" in k)

@@ -100,6 +100,15 @@ def test_resuming_on_other_weights_is_refused(tiny_sd1, tmp_path) -> None:
         train(dataclasses.replace(run, resume=True))
 
 
+@pytest.mark.parametrize("text", ["a: [", "just words", ""])
+def test_a_folder_whose_configuration_is_broken_is_not_resumed(tiny_sd1, tmp_path, text) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", steps=1)
+    train(run)
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="which no training wrote"):
+        train(dataclasses.replace(run, resume=True))
+
+
 def test_a_torn_checkpoint_is_named(tiny_sd1, tmp_path) -> None:
     run = small_run(tiny_sd1, tmp_path / "out", steps=2, checkpoint_every=1)
     train(run)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -16,16 +17,31 @@ CONCEPT = Concept(
 
 
 def picks(turns: Turns, n: int = 2000) -> Counter:
-    rng = random.Random(0)
-    return Counter(turns.pick(rng).targets[0] for _ in range(n))
+    return Counter(c.targets[0] for c in dealt(turns, n))
 
 
-def test_random_leaves_the_concept_to_the_objective() -> None:
-    assert Turns(Several(), CONCEPT).pick(random.Random(0)) is CONCEPT
+def dealt(turns: Turns, n: int = 1) -> list[Concept]:
+    return list(islice(turns.deal(random.Random(0)), n))
+
+
+def test_random_meets_every_target_before_any_twice() -> None:
+    first, second = (dealt(Turns(Several(), CONCEPT), 6)[i : i + 3] for i in (0, 3))
+    for turn in (first, second):
+        assert {c.targets[0] for c in turn} == set(CONCEPT.targets)
+        assert {c.anchor for c in turn} == set(CONCEPT.anchors)
+    alone = Concept(targets=["a bomb"])
+    assert dealt(Turns(Several(), alone), 2) == [alone] * 2
+    assert dealt(Turns(Several(), CONCEPT, whole=True), 2) == [CONCEPT] * 2
+
+
+@pytest.mark.parametrize("order", ["random", "joined", "balanced"])
+def test_no_target_is_taken_for_what_stays_beside_another(order) -> None:
+    concept = Concept(targets=["a bomb", "a bow"], preserve=["a key", "a bow", "a bomb"])
+    assert all(c.retained() == ["a key"] for c in dealt(Turns(Several(order=order), concept), 9))
 
 
 def test_joined_is_one_prompt_with_all_of_them() -> None:
-    joined = Turns(Several(order="joined"), CONCEPT).pick(random.Random(0))
+    (joined,) = dealt(Turns(Several(order="joined"), CONCEPT))
     assert joined.targets == ["a bomb, a skull, a bomb shelter"]
     assert joined.anchored("a bomb, a skull, a bomb shelter") == "a balloon, a cat face, a house"
 
@@ -43,7 +59,7 @@ def test_balanced_turns_to_what_is_least_erased() -> None:
     assert turns.remaining("a skull") == 1.0
     found = picks(turns)
     assert found["a skull"] > 7 * found["a bomb"] > 0
-    assert turns.pick(random.Random(0)).anchor in CONCEPT.anchors
+    assert dealt(turns)[0].anchor in CONCEPT.anchors
 
 
 def test_what_is_gone_is_asked_after_now_and_then() -> None:

@@ -12,15 +12,15 @@ from expunge.train.config import TrainConfig
 from expunge.train.loop import Progress
 
 
-def solve(config: TrainConfig, pipeline: Any, progress: Progress) -> tuple[Edit, float]:
-    """The edit, and the largest ‖ΔW − B A‖ / ‖ΔW‖ of any layer at the LoRA's rank.
+def solve(config: TrainConfig, pipeline: Any, progress: Progress) -> Edit:
+    """The edit, which the UNet carries as a LoRA afterwards.
 
-    The UNet carries the LoRA afterwards, and `progress` the seconds.
+    `progress` has the seconds, and the largest ‖ΔW − B A‖ / ‖ΔW‖ of any layer at the LoRA's rank.
     """
     begun = time.perf_counter()
     edit = config.objective.fit(pipeline, config.concept)
     names = backbones.modules_of(pipeline.unet, config.objective.modules)
     adapters.attach(pipeline.unet, names, config.lora.rank, config.lora.alpha, config.seed)
-    lost = install(edit, pipeline.unet, names)
+    progress.svd_error = install(edit, pipeline.unet, names)
     progress.seconds = time.perf_counter() - begun
-    return edit, lost
+    return edit

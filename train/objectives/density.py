@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +94,11 @@ class Density:
                 f"got strength {self.strength}, pairs {self.pairs}, places {self.places}; allowed: "
                 "strength 0 to 100, pairs 0 to 1, places 0 to 32"
             )
-        if not 1 <= self.copies <= 64:
-            raise ValueError(f"got copies {self.copies}; allowed: 1 to 64")
+        if not (1 <= self.copies <= 64 and 0 < self.guidance_scale < math.inf):
+            raise ValueError(
+                f"got copies {self.copies}, guidance_scale {self.guidance_scale}; allowed: copies "
+                "1 to 64, guidance_scale above 0"
+            )
 
     @property
     def modules(self) -> str:
