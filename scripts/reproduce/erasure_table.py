@@ -119,7 +119,8 @@ def subjects(pictures: Path) -> dict[str, Subject]:
     ]  # fmt: skip
     found["ink"] = Subject(
         ink, "ink", styles,
-        {"preserve": {"preserve.pairs": 0}, "density": sight},
+        {"preserve": {"preserve.pairs": 0}, "density": sight | {"start.pairs": False},
+         "UCE": {"objective.pairs": False}, "RECE": {"objective.pairs": False}},
     )  # fmt: skip
     # The token was learnt from such pictures, and the density sees them; none reads "bomb".
     shown = {"name": "bomb", "targets": ["<bomb>"], "tokens": ["emoji/tokens/bomb.safetensors"]}

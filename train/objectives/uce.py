@@ -22,12 +22,15 @@ class Uce:
         erase_scale: a.
         preserve_scale: b.
         regularisation: λ.
+        pairs: Erase it beside every retained noun as well ("X and a bomb" is read as "X and "), so
+            that what stands beside it is not taken along; published: no.
         tokens: Of each text `last`, its last token, as published; `rest`, that and all behind it.
     """
 
     erase_scale: float = 1.0
     preserve_scale: float = 1.0
     regularisation: float = 0.5
+    pairs: bool = False
     tokens: Literal["last", "rest"] = "last"
 
     modules: ClassVar[str] = "x-strict"
@@ -47,11 +50,14 @@ class Uce:
     def gather(self, pipeline: Any, concept: Concept) -> Fitter:
         """A fitter that knows what is erased and what stays."""
         from expunge.train.closed_form.fitter import Fitter, embeddings
+        from expunge.train.preserve import Preserve
 
         width = pipeline.unet.config.cross_attention_dim
         fitter = Fitter(width, self.regularisation)
+        nouns = Preserve.nouns(concept) if self.pairs else []
+        beside = [text for noun in nouns for text in (f"{{}} and {noun}", f"{noun} and {{}}")]
         for target in concept.targets:
-            for template in dict.fromkeys(concept.templates):
+            for template in dict.fromkeys([*concept.templates, *beside]):
                 # Both begin where the noun stands, so that all that follows meets itself.
                 c, g = (
                     embeddings(
