@@ -189,3 +189,15 @@ def test_what_cannot_be_is_refused(options, said) -> None:
     argv = ["--output_dir", "x", "--concept.targets", "[a bomb]", "--objective.type", "uce"]
     with pytest.raises(UserError, match=said):
         parse(TrainConfig, [*argv, *options])
+
+
+def test_beside_what_stays_it_is_read_as_what_stays_alone(pipeline) -> None:
+    c = embeddings(pipeline, "a cat face and a bomb", 21, "rest").double()
+    g = embeddings(pipeline, "a cat face and ", 15, "rest").double()
+    n = min(len(c), len(g))
+
+    def left(pairs: bool) -> float:
+        T = Uce(tokens="rest", pairs=pairs).fit(pipeline, CONCEPT).T
+        return float((c[:n] + c[:n] @ T.T - g[:n]).norm() / (c[:n] - g[:n]).norm())
+
+    assert left(True) < 0.5 * left(False)
