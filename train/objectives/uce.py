@@ -20,7 +20,7 @@ class Uce:
 
     Attributes:
         erase_scale: a.
-        preserve_scale: b.
+        preserve_scale: b, for each target: several erase more, and so need more held against them.
         regularisation: λ.
         pairs: Erase it beside every retained noun as well ("X and a bomb" is read as "X and "), so
             that what stands beside it is not taken along; published: no.
@@ -72,5 +72,5 @@ class Uce:
                 fitter.erase(c[:n], g[:n], self.erase_scale)
         for prompt in concept.retained():
             p = embeddings(pipeline, prompt, len(prompt), self.tokens)
-            fitter.preserve(p, self.preserve_scale)
+            fitter.preserve(p, self.preserve_scale * len(concept.targets))
         return fitter
