@@ -129,7 +129,8 @@ def invert(
             ε = torch.randn(x_0.shape, generator=generator).to(device)
             sentence = torch.randint(0, len(how.templates), (n + m,), generator=generator)
             prompts = [how.templates[i].replace("{}", name) for i in sentence.tolist()]
-            x_t = scheduler.add_noise(x_0, ε, t)
+            # Not add_noise: a scheduler of σ leaves x_0 + σ ε, which the UNet never sees.
+            x_t = prediction.noised(x_0, ε, prediction.alpha_bar(scheduler, t))
             errors = error(ε, ε_θ(x_t, t, prompts))
             loss = errors[:n].mean() + how.norm * ((v.norm(dim=1) - μ) / σ).square().mean()
             if m:

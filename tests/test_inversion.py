@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from expunge import backbones, soft_tokens
 from expunge.encoding import to_latents
@@ -54,6 +55,21 @@ def test_one_seed_one_token(tiny_sd1) -> None:
     _, other = inverted(tiny_sd1, seed=1)
     assert torch.equal(one.vectors[0], again.vectors[0])
     assert not torch.equal(one.vectors[0], other.vectors[0])
+
+
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_the_scheduler_does_not_matter(shape, request) -> None:
+    """What the UNet sees has unit variance, however its scheduler scales x_t while sampling."""
+    folder = request.getfixturevalue(shape)
+    found = []
+    for euler in (False, True):
+        pipeline = backbones.load_pipeline(folder)
+        if euler:
+            pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        latents = to_latents(pipeline.vae, (4, 8, 8), pictures(3))
+        r = torch.tensor([1.0, 0.5, 0.0])
+        found.append(invert(pipeline, "<it>", latents, r, QUICK).vectors[0])
+    assert torch.equal(*found)
 
 
 def test_what_it_learns_explains_the_pictures(tiny_sd1) -> None:
