@@ -149,7 +149,7 @@ def invert(
     with torch.no_grad():
         rows = encoder.get_input_embeddings().weight
         rows[soft_tokens.token_ids(pipeline, name)[1:-1]] = found.to(rows)
-    return soft_tokens.SoftToken(name, [found], soft_tokens.encoder_sha256(pipeline))
+    return soft_tokens.SoftToken(name, [found], soft_tokens.encoder_digests(pipeline))
 
 
 def _start(pipeline: Any, words: Tensor, how: Inversion, generator: torch.Generator) -> Tensor:

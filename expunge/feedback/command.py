@@ -177,7 +177,7 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
             "last_fifth": sum(losses[-fifth:]) / fifth,
         },
         "norms": token.vectors[0].norm(dim=1).tolist(),
-        "encoder_sha256": token.encoder,
+        "encoder_sha256": token.encoder["float16"],
         "drawn": drawn,
         "seconds": round(time.perf_counter() - begun, 1),
         "sha256": {name: sha256_file(folder / name) for name in (TOKENS, REWARD)},
