@@ -190,11 +190,48 @@ def require(pipeline: Any, texts: Iterable[str]) -> None:
                 )
 
 
-def token_ids(pipeline: Any, text: str, **how: Any) -> list[int]:
-    """What the pipeline's tokenizer makes of a text, every soft token as its K vectors."""
+def fits(pipeline: Any, texts: Iterable[str], coming: Mapping[str, int] | None = None) -> None:
+    """Refuse texts of which a text encoder would not read the end.
+
+    Args:
+        pipeline: Whose text encoders read; the longest that fits is their shortest.
+        texts: With soft tokens that the pipeline knows, each counted with all its vectors.
+        coming: K of soft tokens that it does not know yet, by name.
+
+    Raises:
+        UserError: One is too long.
+    """
+    read, coming = list(texts), coming or {}
+    for tokenizer, encoder in text_encoders(pipeline):
+        # A tokenizer that was saved without its length gives an astronomic one.
+        most = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        for text in read:
+            bare, n = text, 0
+            for name, k in coming.items():
+                n += k * bare.count(name)
+                bare = bare.replace(name, " ")
+            with _quiet():
+                n += len(token_ids(pipeline, bare, tokenizer))
+            if n > most:
+                raise UserError(
+                    f"got prompt {text!r}, {n} tokens with the two at its ends; allowed: at most "
+                    f"{most} that the text encoder reads; shorten it"
+                )
+
+
+def token_ids(pipeline: Any, text: str, tokenizer: Any = None, **how: Any) -> list[int]:
+    """What a tokenizer of the pipeline makes of a text, every soft token as its K vectors.
+
+    Args:
+        pipeline: Whose tokens are known.
+        text: What is read.
+        tokenizer: Default: its first.
+        how: Of the tokenizer's own call.
+    """
+    tokenizer = pipeline.tokenizer if tokenizer is None else tokenizer
     if hasattr(pipeline, "maybe_convert_prompt"):
-        text = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
-    ids: list[int] = pipeline.tokenizer(text, **how).input_ids
+        text = pipeline.maybe_convert_prompt(text, tokenizer)
+    ids: list[int] = tokenizer(text, **how).input_ids
     return ids
 
 
@@ -227,7 +264,10 @@ def text_encoders(pipeline: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers explains how it starts new rows, which are overwritten at once."""
+    """Transformers explains how it starts new rows, which are overwritten at once.
+
+    And that a text is long, which is refused in one line.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -129,8 +129,18 @@ def test_what_cannot_be_learnt(tiny_sd1) -> None:
         inverted(tiny_sd1, r=(0.0, 0.0))
     with pytest.raises(UserError, match="one word or more"):
         inverted(tiny_sd1, replace(QUICK, initial="  "))
+    # The bundled tokenizer reads 24: two at the ends, ten before the token.
+    long = "a picture of " * 3 + "a {}"
+    inverted(tiny_sd1, replace(QUICK, templates=["{}", long], vectors=12, steps=1))
+    with pytest.raises(UserError, match=r"got prompt '.* a <it>', 25 tokens .*; allowed: at most"):
+        inverted(tiny_sd1, replace(QUICK, templates=["{}", long], vectors=13))
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         inverted(tiny_sd1, replace(QUICK, learning_rate=1e30, steps=20))
+
+
+def test_a_model_of_two_text_encoders_is_refused(tiny_sdxl) -> None:
+    with pytest.raises(UserError, match="got a model with 2 text encoders; allowed: one"):
+        inverted(tiny_sdxl)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,29 @@ def test_a_name_without_its_vectors_is_refused(tiny_sd1, tmp_path) -> None:
         soft_tokens.require(pipeline, ["a <it> and a <that>"])
 
 
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
+def test_what_a_text_encoder_would_not_read_is_refused(shape, request, tmp_path, caplog) -> None:
+    """All vectors count, known or coming, and the shortest of SDXL's encoders."""
+    pipeline = backbones.load_pipeline(request.getfixturevalue(shape))
+    words = " ".join(["key"] * 22)  # and the two at the ends, of 24
+    soft_tokens.fits(pipeline, [words, "", "a <it>"], {"<it>": 21})
+    with pytest.raises(UserError, match=r"25 tokens .*; allowed: at most 24 .*; shorten it"):
+        soft_tokens.fits(pipeline, ["a key", f"a {words}"])
+    with pytest.raises(UserError, match=r"got prompt 'a <it>', 25 tokens"):
+        soft_tokens.fits(pipeline, (text for text in ["a <it>"]), {"<it>": 22})
+    both = [vectors(4), vectors(4, seed=1)][: 2 if "xl" in shape else 1]
+    soft_tokens.write(tmp_path / "it.safetensors", SoftToken("<it>", both), {})
+    soft_tokens.load(pipeline, [tmp_path / "it.safetensors"])
+    soft_tokens.fits(pipeline, ["<it> " + " ".join(["key"] * 18)])
+    with pytest.raises(UserError, match="25 tokens"):
+        soft_tokens.fits(pipeline, ["<it> " + " ".join(["key"] * 19)])
+    if "xl" in shape:
+        pipeline.tokenizer_2.model_max_length = 10
+        with pytest.raises(UserError, match=r"24 tokens .* at most 10"):
+            soft_tokens.fits(pipeline, [words])
+    assert not [record for record in caplog.records if "longer" in record.message]
+
+
 def test_a_clip_knows_no_soft_token() -> None:
     with pytest.raises(UserError, match="no CLIP knows a soft token"):
         ClipText(targets=["a bomb", "a <it>"]).build()
