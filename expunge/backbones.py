@@ -1,6 +1,8 @@
 """Load a pipeline by name, folder or hub id, and say which of its modules belong to which group."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -112,17 +114,18 @@ def load_pipeline(
             "or XL (its base, not its refiner)"
         )
     pipeline.set_progress_bar_config(disable=True)
+    # Only where it is not so already: diffusers warns of every cast, and refuses a quantised one.
+    dtypes = {getattr(part, "dtype", dtype) for part in pipeline.components.values()}
+    cast = [] if quantisation or dtypes == {dtype} else [dtype]
     try:
-        pipeline.to(device)
+        # At once: a GPU need not hold in float32 what it is to hold in half of that.
+        with _quiet():
+            pipeline.to(device, *cast)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"got device {device!r}, which cannot be used ({_first_line(error)}); allowed: cpu, "
             "cuda, mps, as far as this machine has them"
         ) from error
-    # Only where it is not so already: diffusers warns of every cast.
-    dtypes = {getattr(part, "dtype", dtype) for part in pipeline.components.values()}
-    if dtypes != {dtype} and not quantisation:
-        pipeline.to(dtype)
     return pipeline
 
 
@@ -189,6 +192,19 @@ def latent_shape(pipeline: Any) -> tuple[int, int, int]:
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return pipeline.unet.config.in_channels, height, width
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warning of diffusers that a cast may be inconsistent, or is meant for a GPU."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _in_group(name: str, group: str) -> bool:

@@ -67,6 +67,32 @@ class Inversion:
             )
 
 
+def require(pipeline: Any, name: str, how: Inversion) -> None:
+    """Refuse what could not be learnt, before anybody has worked for it.
+
+    Args:
+        pipeline: A text-to-image model.
+        name: The token's name.
+        how: Settings.
+
+    Raises:
+        UserError: The model has several text encoders, a template is longer than it reads, or the
+            initial text says nothing.
+    """
+    from expunge import soft_tokens
+
+    if (n := len(list(soft_tokens.text_encoders(pipeline)))) != 1:
+        raise UserError(
+            f"got a model with {n} text encoders; allowed: one, as SD 1.x and 2.x have, with which "
+            "alone soft tokens can be learnt; choose another model"
+        )
+    # Where a prompt is cut off, the token itself may be: it would stay what it began as.
+    prompts = [template.replace("{}", name) for template in how.templates]
+    soft_tokens.fits(pipeline, prompts, {name: how.vectors})
+    if how.initial and not soft_tokens.token_ids(pipeline, how.initial)[1:-1]:
+        raise UserError(f"got initial {how.initial!r}; allowed: a text of one word or more")
+
+
 def invert(
     pipeline: Any,
     name: str,
@@ -88,13 +114,14 @@ def invert(
         done: Called with the loss after each step.
 
     Raises:
-        UserError: No picture with a reward, a name that is taken, no such initial text.
+        UserError: No picture with a reward, a name that is taken, or see `require`.
         FloatingPointError: It diverged.
     """
     import torch
 
     from expunge import prediction, soft_tokens
 
+    require(pipeline, name, how)
     ((tokenizer, encoder),) = soft_tokens.text_encoders(pipeline)
     if not bool(((r >= 0) & (r <= 1)).all()) or not r.sum() > 0:
         raise UserError("got no picture with a reward in (0, 1]; allowed: one or more")
@@ -129,7 +156,8 @@ def invert(
             ε = torch.randn(x_0.shape, generator=generator).to(device)
             sentence = torch.randint(0, len(how.templates), (n + m,), generator=generator)
             prompts = [how.templates[i].replace("{}", name) for i in sentence.tolist()]
-            x_t = scheduler.add_noise(x_0, ε, t)
+            # Not add_noise: a scheduler of σ leaves x_0 + σ ε, which the UNet never sees.
+            x_t = prediction.noised(x_0, ε, prediction.alpha_bar(scheduler, t))
             errors = error(ε, ε_θ(x_t, t, prompts))
             loss = errors[:n].mean() + how.norm * ((v.norm(dim=1) - μ) / σ).square().mean()
             if m:
@@ -148,7 +176,7 @@ def invert(
     with torch.no_grad():
         rows = encoder.get_input_embeddings().weight
         rows[soft_tokens.token_ids(pipeline, name)[1:-1]] = found.to(rows)
-    return soft_tokens.SoftToken(name, [found], soft_tokens.encoder_sha256(pipeline))
+    return soft_tokens.SoftToken(name, [found], soft_tokens.encoder_digests(pipeline))
 
 
 def _start(pipeline: Any, words: Tensor, how: Inversion, generator: torch.Generator) -> Tensor:
@@ -161,8 +189,6 @@ def _start(pipeline: Any, words: Tensor, how: Inversion, generator: torch.Genera
         found = words[torch.randint(0, len(words), (how.vectors,), generator=generator)]
         return found.clone()
     ids = soft_tokens.token_ids(pipeline, how.initial)[1:-1]
-    if not ids:
-        raise UserError(f"got initial {how.initial!r}; allowed: a text of one word or more")
     table: Tensor = pipeline.text_encoder.get_input_embeddings().weight
     return table[(ids + [ids[-1]] * how.vectors)[: how.vectors]].detach().float().clone()
 

@@ -2,7 +2,8 @@
 
 A file is diffusers' own: safetensors with the token as its only key and its vectors (K, D), or
 `clip_l` and `clip_g` for the two text encoders of SDXL. Files of ours say in the header which text
-encoder they were learnt with.
+encoder they were learnt with: `encoder` and `encoder_bfloat16`, see `encoder_digests`. Those of
+before the second was kept have the first alone, and are held to that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from expunge.results import sha256_file
 FILE = "tokens.safetensors"
 METADATA = "expunge"
 FORMAT = "expunge.soft_token/1"
+# Keys of the header; the first had to do alone for a while, and is what older versions read.
+_DIGESTS = {"float16": "encoder", "bfloat16": "encoder_bfloat16"}
 _SDXL = ("clip_l", "clip_g")
 _NAMELESS = "emb_params"  # A1111's key; there the file's name is the token's
 _ALLOWED = "a textual inversion as safetensors, for example the tokens.safetensors of a feedback"
@@ -41,12 +44,12 @@ class SoftToken:
     Attributes:
         name: How prompts call it, for example `<bomb>`.
         vectors: (K, D) for each text encoder.
-        encoder: SHA-256 of these, see `encoder_sha256`; empty when nobody knows.
+        encoder: SHA-256 of these, see `encoder_digests`; empty when nobody knows.
     """
 
     name: str
     vectors: Sequence[Tensor]
-    encoder: str = ""
+    encoder: Mapping[str, str] = field(default_factory=dict)
 
 
 def locate(file: str | Path) -> Path:
@@ -78,7 +81,8 @@ def read(file: str | Path) -> SoftToken:
         with safe_open(path, "pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
             about = json.loads((stored.metadata() or {}).get(METADATA, "{}"))
-        name, encoder = about.get("token", ""), about.get("encoder", "")
+        name = about.get("token", "")
+        encoder = {at: about[key] for at, key in _DIGESTS.items() if about.get(key)}
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"got tokens {path}, which cannot be read; allowed: {_ALLOWED}; {error}"
@@ -108,7 +112,8 @@ def write(file: Path, token: SoftToken, about: Mapping[str, Any]) -> None:
     """Write a token whole or not at all; `about` goes into the file's header as JSON."""
     keys = _SDXL if len(token.vectors) == 2 else (token.name,)
     tensors = {k: v.detach().cpu().contiguous() for k, v in zip(keys, token.vectors, strict=True)}
-    own = {"format": FORMAT, "token": token.name, "encoder": token.encoder}
+    own = {"format": FORMAT, "token": token.name}
+    own |= {_DIGESTS[at]: digest for at, digest in token.encoder.items()}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         header = {METADATA: json.dumps({**own, **about}, sort_keys=True)}
@@ -141,7 +146,7 @@ def add(pipeline: Any, token: SoftToken, source: str = "of this run") -> str:
             f"{' and '.join(map(str, widths))}, as the text encoder of this model has; learn them "
             "with this model"
         )
-    if token.encoder and token.encoder != encoder_sha256(pipeline):
+    if token.encoder and not token.encoder.items() & encoder_digests(pipeline).items():
         raise UserError(
             f"got tokens {source}, learnt with another text encoder than this model has; allowed: "
             "the same weights, for in others they mean nothing; learn them with this model"
@@ -185,27 +190,68 @@ def require(pipeline: Any, texts: Iterable[str]) -> None:
                 )
 
 
-def token_ids(pipeline: Any, text: str, **how: Any) -> list[int]:
-    """What the pipeline's tokenizer makes of a text, every soft token as its K vectors."""
+def fits(pipeline: Any, texts: Iterable[str], coming: Mapping[str, int] | None = None) -> None:
+    """Refuse texts of which a text encoder would not read the end.
+
+    Args:
+        pipeline: Whose text encoders read; the longest that fits is their shortest.
+        texts: With soft tokens that the pipeline knows, each counted with all its vectors.
+        coming: K of soft tokens that it does not know yet, by name.
+
+    Raises:
+        UserError: One is too long.
+    """
+    read, coming = list(texts), coming or {}
+    for tokenizer, encoder in text_encoders(pipeline):
+        # A tokenizer that was saved without its length gives an astronomic one.
+        most = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        for text in read:
+            bare, n = text, 0
+            for name, k in coming.items():
+                n += k * bare.count(name)
+                bare = bare.replace(name, " ")
+            with _quiet():
+                n += len(token_ids(pipeline, bare, tokenizer))
+            if n > most:
+                raise UserError(
+                    f"got prompt {text!r}, {n} tokens with the two at its ends; allowed: at most "
+                    f"{most} that the text encoder reads; shorten it"
+                )
+
+
+def token_ids(pipeline: Any, text: str, tokenizer: Any = None, **how: Any) -> list[int]:
+    """What a tokenizer of the pipeline makes of a text, every soft token as its K vectors.
+
+    Args:
+        pipeline: Whose tokens are known.
+        text: What is read.
+        tokenizer: Default: its first.
+        how: Of the tokenizer's own call.
+    """
+    tokenizer = pipeline.tokenizer if tokenizer is None else tokenizer
     if hasattr(pipeline, "maybe_convert_prompt"):
-        text = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
-    ids: list[int] = pipeline.tokenizer(text, **how).input_ids
+        text = pipeline.maybe_convert_prompt(text, tokenizer)
+    ids: list[int] = tokenizer(text, **how).input_ids
     return ids
 
 
-def encoder_sha256(pipeline: Any) -> str:
-    """Hash of the text encoders without tokens that were added, rounded to float16.
+def encoder_digests(pipeline: Any) -> dict[str, str]:
+    """SHA-256 of the text encoders without tokens that were added, at two precisions.
 
-    Rounded, so that a model's float16 and float32 files are one.
+    One model is published as float32 and float16 files and runs as either or as bfloat16. Rounded
+    to one precision they are the same bytes, so encoders are the same if any of these agrees.
     """
-    digest = hashlib.sha256()
+    digests = {name: hashlib.sha256() for name in _DIGESTS}
     for tokenizer, encoder in text_encoders(pipeline):
         table = encoder.get_input_embeddings().weight.data_ptr()
         for name, weight in sorted(encoder.state_dict().items()):
             own = weight[: tokenizer.vocab_size] if weight.data_ptr() == table else weight
-            digest.update(f"{name} {tuple(own.shape)}\0".encode())
-            digest.update(own.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+            own = own.detach().cpu()
+            for dtype, digest in digests.items():
+                rounded = own.to(getattr(torch, dtype)).flatten().contiguous()
+                digest.update(f"{name} {tuple(own.shape)}\0".encode())
+                digest.update(rounded.view(torch.uint8).numpy())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def text_encoders(pipeline: Any) -> Iterator[tuple[Any, Any]]:
@@ -218,7 +264,10 @@ def text_encoders(pipeline: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers explains how it starts new rows, which are overwritten at once."""
+    """Transformers explains how it starts new rows, which are overwritten at once.
+
+    And that a text is long, which is refused in one line.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()

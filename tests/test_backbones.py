@@ -99,3 +99,29 @@ def test_embeddings_are_the_pipelines_own(tiny_sd1) -> None:
     expected = pipeline.encode_prompt("a bomb", "cpu", 1, True, negative_prompt="")
     assert torch.equal(found[:1], expected[0])
     torch.testing.assert_close(found[1:], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_device_holds_more_than_it_was_told(dtype, tiny_sd1, monkeypatch, caplog) -> None:
+    """Weights are cast before they arrive, and nobody is warned of what was meant."""
+    from diffusers import DiffusionPipeline
+
+    arrived, move = [], DiffusionPipeline.to
+
+    def moved(pipeline, device, *cast):
+        found = move(pipeline, device, *cast)
+        arrived.append({p.dtype for p in found.unet.parameters()})
+        return found
+
+    monkeypatch.setattr(DiffusionPipeline, "to", moved)
+    pipeline = backbones.load_pipeline(tiny_sd1, dtype)
+    assert arrived == [{dtype}]
+    assert {p.dtype for p in pipeline.text_encoder.parameters()} == {dtype}
+    assert not caplog.records
+
+
+def test_a_device_that_is_not_there_is_one_line(tiny_sd1) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="got device 'cuda:99', which cannot be used") as caught:
+            backbones.load_pipeline(tiny_sd1, dtype, "cuda:99")
+        assert "\n" not in str(caught.value)

@@ -33,3 +33,24 @@ def test_pictures_of_another_size_cover_and_are_cut(tiny_sd1) -> None:
     a, b, c, d = to_latents(vae, SHAPE, [wide, small, *grey])
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(c, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_a_vae_encodes_in_float32(dtype, tiny_sd1) -> None:
+    """As SDXL's does, its activations pass what float16 holds; its weights do not."""
+    vae = backbones.load_pipeline(tiny_sd1).vae
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 1e5
+    reduced = vae.to(dtype)
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    found = to_latents(reduced, SHAPE, pictures)
+    assert {p.dtype for p in reduced.parameters()} == {dtype}
+    assert torch.equal(found, to_latents(reduced.float(), SHAPE, pictures))
+
+
+def test_latents_that_are_no_numbers_are_an_error(tiny_sd1) -> None:
+    vae = backbones.load_pipeline(tiny_sd1).vae
+    with torch.no_grad():
+        vae.encoder.conv_in.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the VAE made latents of NaN"):
+        to_latents(vae, SHAPE, torch.zeros(1, 3, 16, 16))

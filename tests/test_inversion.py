@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from expunge import backbones, soft_tokens
 from expunge.encoding import to_latents
@@ -42,7 +43,7 @@ def test_only_the_new_rows_learn(shape, request) -> None:
         assert torch.equal(after[name][: len(value)], value), name
     rows = pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(rows[words:], token.vectors[0])
-    assert token.encoder == soft_tokens.encoder_sha256(backbones.load_pipeline(folder))
+    assert token.encoder == soft_tokens.encoder_digests(backbones.load_pipeline(folder))
     assert all(p.requires_grad for p in pipeline.unet.parameters())
     assert not pipeline.text_encoder.get_input_embeddings()._forward_hooks
 
@@ -54,6 +55,21 @@ def test_one_seed_one_token(tiny_sd1) -> None:
     _, other = inverted(tiny_sd1, seed=1)
     assert torch.equal(one.vectors[0], again.vectors[0])
     assert not torch.equal(one.vectors[0], other.vectors[0])
+
+
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sd2"])
+def test_the_scheduler_does_not_matter(shape, request) -> None:
+    """What the UNet sees has unit variance, however its scheduler scales x_t while sampling."""
+    folder = request.getfixturevalue(shape)
+    found = []
+    for euler in (False, True):
+        pipeline = backbones.load_pipeline(folder)
+        if euler:
+            pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        latents = to_latents(pipeline.vae, (4, 8, 8), pictures(3))
+        r = torch.tensor([1.0, 0.5, 0.0])
+        found.append(invert(pipeline, "<it>", latents, r, QUICK).vectors[0])
+    assert torch.equal(*found)
 
 
 def test_what_it_learns_explains_the_pictures(tiny_sd1) -> None:
@@ -113,8 +129,18 @@ def test_what_cannot_be_learnt(tiny_sd1) -> None:
         inverted(tiny_sd1, r=(0.0, 0.0))
     with pytest.raises(UserError, match="one word or more"):
         inverted(tiny_sd1, replace(QUICK, initial="  "))
+    # The bundled tokenizer reads 24: two at the ends, ten before the token.
+    long = "a picture of " * 3 + "a {}"
+    inverted(tiny_sd1, replace(QUICK, templates=["{}", long], vectors=12, steps=1))
+    with pytest.raises(UserError, match=r"got prompt '.* a <it>', 25 tokens .*; allowed: at most"):
+        inverted(tiny_sd1, replace(QUICK, templates=["{}", long], vectors=13))
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         inverted(tiny_sd1, replace(QUICK, learning_rate=1e30, steps=20))
+
+
+def test_a_model_of_two_text_encoders_is_refused(tiny_sdxl) -> None:
+    with pytest.raises(UserError, match="got a model with 2 text encoders; allowed: one"):
+        inverted(tiny_sdxl)
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,27 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from expunge import backbones, soft_tokens
+from expunge.configuration import parse
 from expunge.densities.clip_text import ClipText
 from expunge.errors import UserError
 from expunge.sampling.load import load_model
 from expunge.soft_tokens import SoftToken
+from expunge.train import footprint
+from expunge.train.config import TrainConfig
 
 
 def vectors(k: int = 3, width: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(k, width, generator=torch.Generator().manual_seed(seed))
 
 
-def put(folder, name="<it>", tensor=None, encoder=""):
+def put(folder, name="<it>", tensor=None, encoder=None):
     file = folder / "tokens.safetensors"
-    soft_tokens.write(file, SoftToken(name, [vectors() if tensor is None else tensor], encoder), {})
+    tensor = vectors() if tensor is None else tensor
+    soft_tokens.write(file, SoftToken(name, [tensor], encoder or {}), {})
     return file
 
 
@@ -65,7 +70,7 @@ def test_both_encoders_of_sdxl(tiny_sdxl, tmp_path) -> None:
     file = tmp_path / "it.safetensors"
     both = [vectors(2), vectors(2, seed=1)]
     pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
-    token = SoftToken("<it>", both, soft_tokens.encoder_sha256(pipeline))
+    token = SoftToken("<it>", both, soft_tokens.encoder_digests(pipeline))
     soft_tokens.write(file, token, {})
     assert load_file(file).keys() == {"clip_l", "clip_g"}
     soft_tokens.load(pipeline, [file])
@@ -88,6 +93,44 @@ def tiny_sdxl_to_sd1(pipeline, folder) -> str:
     return str(folder / "sd1")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
+def test_the_same_encoder_in_another_precision(shape, dtype, request, tmp_path) -> None:
+    folder = request.getfixturevalue(shape)
+    own = soft_tokens.encoder_digests(backbones.load_pipeline(folder))
+    both = [vectors(2), vectors(2, seed=1)][: 2 if "xl" in shape else 1]
+    file = tmp_path / "it.safetensors"
+    soft_tokens.write(file, SoftToken("<it>", both, own), {})
+    assert soft_tokens.read(file).encoder == own
+    soft_tokens.load(backbones.load_pipeline(folder, dtype), [file])
+    other = backbones.load_pipeline(folder, dtype)
+    other.text_encoder.get_input_embeddings().weight.data *= 1.1
+    with pytest.raises(UserError, match="learnt with another text encoder"):
+        soft_tokens.load(other, [file])
+
+
+def test_files_of_before_the_second_digest(tiny_sd1, tmp_path) -> None:
+    """Their one key is the first; they are held to it."""
+    own = soft_tokens.encoder_digests(backbones.load_pipeline(tiny_sd1))
+    file = put(tmp_path, encoder={"float16": own["float16"]})
+    with safe_open(file, "pt") as stored:
+        about = json.loads(stored.metadata()["expunge"])
+    assert about == {"format": soft_tokens.FORMAT, "token": "<it>", "encoder": own["float16"]}
+    for dtype in (torch.float32, torch.float16):
+        soft_tokens.load(backbones.load_pipeline(tiny_sd1, dtype), [file])
+    with pytest.raises(UserError, match="learnt with another text encoder"):
+        soft_tokens.load(backbones.load_pipeline(tiny_sd1, torch.bfloat16), [file])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bundled_token_in_every_precision(precision) -> None:
+    """`--config train/emoji_bomb_hfi.yaml --base_precision bf16`."""
+    options = ["--output_dir", "x", "--base_precision", precision]
+    config = parse(TrainConfig, ["--config", "train/emoji_bomb_hfi.yaml", *options])
+    pipeline = footprint.load(config, torch.device("cpu"))
+    assert list(soft_tokens.load(pipeline, config.concept.tokens)) == ["<bomb>"]
+
+
 def test_the_same_token_is_the_same_bytes(tmp_path) -> None:
     files = []
     for name in ("a", "b"):
@@ -100,11 +143,11 @@ def test_the_same_token_is_the_same_bytes(tmp_path) -> None:
 
 def test_what_is_not_there_or_does_not_fit_is_one_line(tiny_sd1, tmp_path) -> None:
     pipeline = backbones.load_pipeline(tiny_sd1)
-    own = soft_tokens.encoder_sha256(pipeline)
+    own = soft_tokens.encoder_digests(pipeline)
     with pytest.raises(UserError, match=r"of width 16; allowed: 32, as the text encoder"):
         soft_tokens.load(pipeline, [put(tmp_path, tensor=vectors(2, 16))])
     with pytest.raises(UserError, match="learnt with another text encoder"):
-        soft_tokens.load(pipeline, [put(tmp_path, encoder="0" * 64)])
+        soft_tokens.load(pipeline, [put(tmp_path, encoder=dict.fromkeys(own, "0" * 64))])
     with pytest.raises(UserError, match="called <It>, which this tokenizer does not leave whole"):
         soft_tokens.load(pipeline, [put(tmp_path, "<It>")])
     with pytest.raises(UserError, match="hold NaN"):
@@ -127,7 +170,7 @@ def test_what_is_not_there_or_does_not_fit_is_one_line(tiny_sd1, tmp_path) -> No
     with pytest.raises(UserError, match="knows already"):
         soft_tokens.load(pipeline, [file, file])
     # A token that was added is no part of what the encoder is.
-    assert soft_tokens.encoder_sha256(pipeline) == own
+    assert soft_tokens.encoder_digests(pipeline) == own
 
 
 def test_a_name_without_its_vectors_is_refused(tiny_sd1, tmp_path) -> None:
@@ -139,6 +182,29 @@ def test_a_name_without_its_vectors_is_refused(tiny_sd1, tmp_path) -> None:
     soft_tokens.require(pipeline, ["a <it>"])
     with pytest.raises(UserError, match="got <that>"):
         soft_tokens.require(pipeline, ["a <it> and a <that>"])
+
+
+@pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
+def test_what_a_text_encoder_would_not_read_is_refused(shape, request, tmp_path, caplog) -> None:
+    """All vectors count, known or coming, and the shortest of SDXL's encoders."""
+    pipeline = backbones.load_pipeline(request.getfixturevalue(shape))
+    words = " ".join(["key"] * 22)  # and the two at the ends, of 24
+    soft_tokens.fits(pipeline, [words, "", "a <it>"], {"<it>": 21})
+    with pytest.raises(UserError, match=r"25 tokens .*; allowed: at most 24 .*; shorten it"):
+        soft_tokens.fits(pipeline, ["a key", f"a {words}"])
+    with pytest.raises(UserError, match=r"got prompt 'a <it>', 25 tokens"):
+        soft_tokens.fits(pipeline, (text for text in ["a <it>"]), {"<it>": 22})
+    both = [vectors(4), vectors(4, seed=1)][: 2 if "xl" in shape else 1]
+    soft_tokens.write(tmp_path / "it.safetensors", SoftToken("<it>", both), {})
+    soft_tokens.load(pipeline, [tmp_path / "it.safetensors"])
+    soft_tokens.fits(pipeline, ["<it> " + " ".join(["key"] * 18)])
+    with pytest.raises(UserError, match="25 tokens"):
+        soft_tokens.fits(pipeline, ["<it> " + " ".join(["key"] * 19)])
+    if "xl" in shape:
+        pipeline.tokenizer_2.model_max_length = 10
+        with pytest.raises(UserError, match=r"24 tokens .* at most 10"):
+            soft_tokens.fits(pipeline, [words])
+    assert not [record for record in caplog.records if "longer" in record.message]
 
 
 def test_a_clip_knows_no_soft_token() -> None:

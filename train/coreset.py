@@ -37,7 +37,8 @@ def choose(g: Tensor, size: int) -> Tensor:
     """Weights w ≥ 0, (N,), at most `size` of them above 0, with Σ w_i g_i near the mean of all g.
 
     Greedily: what points most along the rest that is missing comes in, and all weights are solved
-    anew. They sum to one, for which a column of ones is matched as well.
+    anew. They sum to one, for which a column of ones is matched as well. Where no g is above 0 any
+    choice is as good, and all weights are equal.
     """
     g = g.double()
     g = torch.cat([g, g.norm(dim=1).mean().expand(len(g), 1)], 1)
@@ -52,6 +53,8 @@ def choose(g: Tensor, size: int) -> Tensor:
             break
         chosen[best] = True
         w[chosen] = non_negative(g[chosen].T, target)
+    if not w.any():
+        return torch.full((len(g),), 1 / len(g))
     return (w / w.sum()).float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,7 +137,8 @@ class Pictures:
         }
         if self.files:
             pictures = map(read_picture, self.files)
-            self.latents["erased"] = to_latents(maker.vae, maker.shape, pictures)
+            with _lent(maker):
+                self.latents["erased"] = to_latents(maker.vae, maker.shape, pictures)
 
     def state_dict(self) -> dict[str, Any]:
         """The pictures as plain values."""
@@ -146,3 +148,9 @@ class Pictures:
         """From plain values."""
         self.latents = state["latents"]
         self.prompts = {kind: [tuple(p) for p in pairs] for kind, pairs in state["prompts"].items()}
+
+
+def _lent(maker: Maker) -> AbstractContextManager[Any]:
+    """The autoencoder on the accelerator; offloaded, it rests on the CPU beside the encoders."""
+    lender = getattr(maker.embed, "encoders", None)
+    return nullcontext() if lender is None else lender.lent()

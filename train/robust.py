@@ -67,19 +67,20 @@ class Attack:
     """
 
     def __init__(self, how: Robust, pipeline: Any, concept: Concept, seed: int) -> None:
+        from expunge import soft_tokens
+
         self.how, self.pipeline, self.seed, self.steps = how, pipeline, seed, 0
-        parts = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
-        pairs: list[tuple[Any, Any]] = [
-            (getattr(pipeline, a), getattr(pipeline, b))
-            for a, b in parts
-            if getattr(pipeline, b, None) is not None
-        ]
+        pairs = list(soft_tokens.text_encoders(pipeline))
         self.encoders = [encoder for _, encoder in pairs]
         longest_first = sorted(concept.targets, key=len, reverse=True)
         for encoder in self.encoders:
             encoder.requires_grad_(False)
+        # As a prompt is read: of a soft token all its vectors.
         self.ids = [
-            [tuple(tokenizer(text).input_ids[1:-1]) for text in longest_first]
+            [
+                tuple(soft_tokens.token_ids(pipeline, text, tokenizer)[1:-1])
+                for text in longest_first
+            ]
             for tokenizer, _ in pairs
         ]
         self.δ: list[list[Tensor]] = []

@@ -58,8 +58,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.lora:
             raise ValueError("got no lora; say --lora out/bomb")
-        if self.steps < 1:
-            raise ValueError(f"got steps {self.steps}; allowed: 1 or more")
+        if not 1 <= self.steps <= 1000:  # as many as a model was trained with
+            raise ValueError(f"got steps {self.steps}; allowed: 1 to 1000")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"got seed {self.seed}; allowed: 0 to 2⁶³ − 1")
         if self.rank is not None and (self.rank < 1 or self.combine != "svd"):
             raise ValueError(f"got rank {self.rank}; allowed: 1 or more, with --combine svd")
         if self.part != "pipeline" and self.to != "merged":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expunge.errors import UserError
 from expunge.feedback.labels import Labels, read_labels, to_label
@@ -16,20 +16,25 @@ LABELS = "labels.csv"
 PICTURES = "pictures"
 
 
-def collect(config: FeedbackConfig, folder: Path) -> Labels:
+def collect(config: FeedbackConfig, folder: Path, pipeline: Any) -> Labels:
     """Show the page until it is done with; what was said is on disk after every press.
+
+    Args:
+        config: What is asked for.
+        folder: For labels and pictures.
+        pipeline: The model, which draws where there are no pictures.
 
     Raises:
         UserError: The pictures are missing, or the folder holds labels of others.
     """
-    labels = _pictures(config, folder)
+    labels = _pictures(config, folder, pipeline)
     with Page(labels, f"Does this picture show it ({config.name})?") as page:
         print(f"open {page.address} and press y or n; Enter ends", flush=True)
         page.serve_forever(poll_interval=0.1)
     return labels
 
 
-def _pictures(config: FeedbackConfig, folder: Path) -> Labels:
+def _pictures(config: FeedbackConfig, folder: Path, pipeline: Any) -> Labels:
     """What the page shows: the pictures of a CSV, of a folder, or drawn for it."""
     if config.labels is not None:
         if Path(config.labels).is_dir():
@@ -54,19 +59,20 @@ def _pictures(config: FeedbackConfig, folder: Path) -> Labels:
     labels = to_label(folder / LABELS, files, [prompt for prompt, _ in jobs])
     if not (folder / LABELS).exists():
         (folder / PICTURES).mkdir(exist_ok=True)
-        _draw(config, files, jobs)
+        _draw(config, pipeline, files, jobs)
         labels.save()
     return labels
 
 
-def _draw(config: FeedbackConfig, files: list[Path], jobs: list[tuple[str, int]]) -> None:
+def _draw(
+    config: FeedbackConfig, pipeline: Any, files: list[Path], jobs: list[tuple[str, int]]
+) -> None:
     from tqdm import tqdm
 
     from expunge import backbones
     from expunge.generation import generate
     from expunge.pictures import save_png, to_pil
 
-    pipeline = backbones.load_pipeline(config.model, device=backbones.device_of(config.device))
     with tqdm(total=len(jobs), desc="draw", unit="image", disable=None) as bar:
         for start in range(0, len(jobs), 8):
             part = jobs[start : start + 8]

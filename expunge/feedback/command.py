@@ -76,8 +76,12 @@ class FeedbackConfig:
     )
 
     def __post_init__(self) -> None:
-        if min(self.images_per_prompt, self.sampling_steps) < 1:
-            raise ValueError("got images_per_prompt or sampling_steps below 1; allowed: 1 or more")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"got images_per_prompt {self.images_per_prompt}; allowed: 1 or more")
+        if not 1 <= self.sampling_steps <= 1000:  # as many as a model was trained with
+            raise ValueError(f"got sampling_steps {self.sampling_steps}; allowed: 1 to 1000")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"got seed {self.seed}; allowed: 0 to 2⁶³ − 1")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.name):
             raise ValueError(
                 f"got name {self.name!r}; allowed: small letters, digits and -, as in bad-thing"
@@ -103,18 +107,31 @@ def main(argv: list[str]) -> None:
     if not config.page:
         labels = read_labels(Path(str(config.labels)))
         labels.require_both()
+        pipeline = _model(config)
     else:
+        # Before somebody looks at a hundred pictures for a model that cannot learn from them.
+        pipeline = _model(config)
         fresh_output_dir(folder, resume=True)
-        labels = collect(config, folder)
+        labels = collect(config, folder, pipeline)
         labels.require_both()
-    run(config, labels)
+    run(config, labels, pipeline)
 
 
-def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
+def _model(config: FeedbackConfig) -> Any:
+    """The model, which can learn what is to be learnt."""
+    from expunge import backbones, inversion
+
+    device = backbones.device_of(config.device)
+    pipeline = backbones.load_pipeline(config.model, device=device)
+    inversion.require(pipeline, config.token, config.inversion)
+    return pipeline
+
+
+def run(config: FeedbackConfig, labels: Labels, pipeline: Any) -> dict[str, Any]:
     """Learn from labels; what feedback.json says is returned.
 
     Raises:
-        UserError: A picture, the model or the CLIP is missing or broken; nothing was written.
+        UserError: A picture or the CLIP is missing or broken; nothing was written.
     """
     import time
 
@@ -136,7 +153,6 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
 
     begun, folder = time.perf_counter(), Path(config.output_dir)
     device = backbones.device_of(config.device)
-    pipeline = backbones.load_pipeline(config.model, device=device)
     files = [*labels.having(YES), *labels.having(NO)]
     head, report, logits = learn(
         labels.having(YES), labels.having(NO), load_clip(config.clip, device), config.name,
@@ -177,7 +193,7 @@ def run(config: FeedbackConfig, labels: Labels) -> dict[str, Any]:
             "last_fifth": sum(losses[-fifth:]) / fifth,
         },
         "norms": token.vectors[0].norm(dim=1).tolist(),
-        "encoder_sha256": token.encoder,
+        "encoder_sha256": token.encoder["float16"],
         "drawn": drawn,
         "seconds": round(time.perf_counter() - begun, 1),
         "sha256": {name: sha256_file(folder / name) for name in (TOKENS, REWARD)},

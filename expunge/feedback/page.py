@@ -108,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_picture(self, number: str) -> bool:
         count = len(self.server.labels.files)
-        return number.isascii() and number.isdecimal() and int(number[:9]) < count
+        # Nine digits are enough; Python refuses to read thousands.
+        plain = number.isascii() and number.isdecimal() and len(number) <= 9
+        return plain and int(number) < count
 
     def _json(self) -> dict[str, Any]:
         try:

@@ -322,6 +322,9 @@ def test_what_is_wrong_is_told_in_one_line(tiny_sd1, tiny_sd2, make_lora, tmp_pa
     refused("with kohya", "--lora", lora, *to, "--name", "x")
     refused("letters, digits", "--lora", lora, "--to", "kohya", *out, "--name", "../x")
     refused("got steps 0", "--lora", lora, *to, "--steps", "0")
+    refused("got steps 1001; allowed: 1 to 1000", "--lora", lora, *to, "--steps", "1001")
+    for seed in ("9" * 20, "-1"):
+        refused(f"got seed {seed}; allowed: 0 to", "--lora", lora, *to, "--seed", seed)
     assert list(tmp_path.iterdir()) == []
 
 

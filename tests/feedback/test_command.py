@@ -129,7 +129,12 @@ def test_results_are_kept_and_labels_always(arguments, tmp_path, capfd) -> None:
         (["--inversion.initial", " "], "one word or more"),
         (["--prompt", "a bomb"], "neither or both of labels and pictures"),
         (["--page", "true"], "a folder, and page"),
-        (["--images_per_prompt", "0"], "below 1"),
+        (["--images_per_prompt", "0"], "got images_per_prompt 0; allowed: 1 or more"),
+        (["--sampling_steps", "0"], "got sampling_steps 0; allowed: 1 to 1000"),
+        (["--sampling_steps", "1001"], "got sampling_steps 1001; allowed: 1 to 1000"),
+        (["--seed", "9" * 20], "allowed: 0 to 2⁶³"),
+        (["--seed", "-1"], "got seed -1"),
+        (["--inversion.templates", '["{}", "a{}"]', "--inversion.vectors", "32"], "34 tokens"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(arguments, extra, match, tmp_path, capfd) -> None:
@@ -139,6 +144,21 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, extra, match, tmp_p
     line = refused(capfd, [*arguments, *extra])
     assert match in line
     assert not any((tmp_path / "out" / name).exists() for name in DERIVED)
+
+
+@pytest.mark.parametrize("page", [False, True])
+def test_a_model_that_cannot_learn_says_so_at_once(
+    page, arguments, tiny_sdxl, tmp_path, capfd, monkeypatch
+) -> None:
+    """Before the reward is learnt, and before anybody looks at pictures."""
+    monkeypatch.setattr("expunge.densities.head_training.learn", None)
+    monkeypatch.setattr("expunge.feedback.command.collect", None)
+    for key, value in (("--model", tiny_sdxl), ("--labels", arguments[2])):
+        del arguments[arguments.index(key) : arguments.index(key) + 2]
+        arguments += [key, value] if not page or key == "--model" else []
+    line = refused(capfd, [*arguments, *(["--page", "true", "--prompt", "a key"] if page else [])])
+    assert "got a model with 2 text encoders; allowed: one" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_class_only_and_a_corrupt_picture(arguments, labelled, tmp_path, capfd) -> None:

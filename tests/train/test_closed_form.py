@@ -1,11 +1,13 @@
 """UCE and RECE: the linear algebra against the paper's formula, and the LoRA that comes of it."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expunge import backbones
 from expunge.concepts import Concept
@@ -113,6 +115,61 @@ def pipeline(tiny_sd1):
 
 
 CONCEPT = Concept(targets=["a bomb"], templates=["{}", "{} in ink style"], preserve=["a cat face"])
+
+
+class OnMps(torch.Tensor):
+    """A tensor on a device without float64."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_float64_is_made_on_the_cpu(pipeline) -> None:
+    fitter, away = Fitter(D, 0.5), [x.as_subclass(OnMps) for x in (c, g, p, W)]
+    fitter.erase(*away[:2], 1.3)
+    fitter.preserve(away[2], 0.7)
+    edit = fitter.solve()
+    assert torch.equal(edit.T, fitted().T)
+    assert torch.equal(edit.delta(away[3]), edit.delta(W))
+    assert torch.equal(edit.lora(away[3], 2)[1], edit.lora(W, 2)[1])
+    expected = Rece(rounds=1).fit(pipeline, CONCEPT)
+    for name in backbones.modules_of(pipeline.unet, "x-strict"):
+        layer = pipeline.unet.get_submodule(name)
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.weight = weight.as_subclass(OnMps)
+    assert torch.equal(Rece(rounds=1).fit(pipeline, CONCEPT).T, expected.T)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of float64 that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.now, self.most = [], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            self.alive.append(weakref.ref(found))
+        self.alive = [ref for ref in self.alive if ref() is not None]
+        # Views share their storage.
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for ref in self.alive if (x := ref()) is not None}  # fmt: skip
+        self.most = max(self.most, sum(storages.values()))
+        return found
+
+
+def test_rece_holds_one_weight_at_a_time(pipeline) -> None:
+    """Of SDXL all of them, and all WᵀW, would be gigabytes."""
+    one = 8 * pipeline.unet.config.cross_attention_dim**2
+    with Held() as held:
+        Rece(rounds=1).fit(pipeline, replace(CONCEPT, templates=["{}"], preserve=[]))
+    # The solution itself needs nine (D, D); eight layers at once would make 25 of it.
+    assert 0 < held.most < 16 * one
 
 
 def test_rece_leaves_less_to_reach_than_uce(pipeline) -> None:

@@ -41,6 +41,12 @@ def test_points_that_are_all_alike_need_one() -> None:
     assert w.sum().item() == pytest.approx(1)
 
 
+def test_where_nothing_changes_anything_will_do() -> None:
+    w = choose(torch.zeros(5, 3), 2)
+    assert torch.equal(w, torch.full((5,), 0.2))
+    assert torch.multinomial(w, 3, replacement=True).shape == (3,)
+
+
 def test_what_is_chosen_is_nearer_to_the_mean_than_chance() -> None:
     g = draw(200, 21).square() * torch.rand(200, 1, generator=torch.Generator().manual_seed(2))
     mean = g.mean(0)

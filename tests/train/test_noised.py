@@ -1,5 +1,8 @@
 """Pictures with noise on them: whose they are, at which noise, and that the noise is told."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -9,7 +12,9 @@ from expunge import adapters, backbones, prediction
 from expunge.conditioning import Conditioning, condition
 from expunge.errors import UserError
 from expunge.pictures import save_png, to_pil
+from expunge.train.footprint import Lender
 from expunge.train.latents import Maker
+from expunge.train.losses import Embeddings
 from expunge.train.memory import Request
 from expunge.train.noised import Noised, Pictures
 from expunge.train.predictions import Networks
@@ -137,6 +142,28 @@ def test_a_folder_stands_for_the_erased_and_the_rest_is_drawn(tiny_sd1, tmp_path
     torch.testing.assert_close(pictures.latents["erased"], expected, atol=1e-5, rtol=1e-4)
     batches(maker, Noised(steps=2, folder=folder).open(), request=Request(REQUEST.erased, []))
     assert maker.networks.forwards["sampling"] == 2 * 2 * 4  # nothing retained: none drawn
+
+
+def test_an_offloaded_autoencoder_is_borrowed_for_the_folder(tiny_sd1, tmp_path) -> None:
+    """In its resting place it would encode on the CPU, and a lender moves what it lends only."""
+    folder = folder_of(tmp_path / "pictures", torch.rand(2, 3, 16, 16) * 2 - 1)
+    whole = maker_of(tiny_sd1)
+    events = []
+
+    class Watched(Lender):
+        @contextmanager
+        def lent(self):
+            with super().lent():
+                events.append("lent")
+                yield
+            events.append("back")
+
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    lender = Watched([pipeline.vae], torch.device("cpu"))
+    pipeline.vae.encoder.register_forward_hook(lambda *_: events.append("encoded"))
+    maker = replace(whole, embed=Embeddings(pipeline, lender), vae=pipeline.vae)
+    batches(maker, Noised(steps=2, folder=folder).open(), request=Request(REQUEST.erased, []))
+    assert events[-4:] == ["lent", "encoded", "encoded", "back"]
 
 
 def test_a_folder_that_cannot_be_used(tmp_path) -> None:

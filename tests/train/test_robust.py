@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expunge import backbones
+from expunge import backbones, soft_tokens
 from expunge.concepts import Concept
 from expunge.conditioning import condition
 from expunge.errors import UserError
@@ -39,6 +39,25 @@ def test_only_what_follows_the_target_reads_otherwise(pipeline) -> None:
     assert not torch.allclose(moved.states[1, 1:], clean.states[1, 1:])
     again = condition(pipeline, ["in ink a bomb", "a key"])
     assert torch.equal(again.states, clean.states)  # the hooks are gone
+
+
+def test_of_a_soft_token_every_vector_is_moved(pipeline) -> None:
+    generator, k = torch.Generator().manual_seed(0), 3
+    widths = [e.get_input_embeddings().weight.shape[1] for e in encoders_of(pipeline)]
+    rows = [torch.randn(k, width, generator=generator) for width in widths]
+    soft_tokens.add(pipeline, soft_tokens.SoftToken("<it>", rows))
+    attack = Robust().open(pipeline, Concept(targets=["<it>"]), seed=0)
+    assert [len(tokens) for ids in attack.ids for tokens in ids] == [k] * len(widths)
+    for row in attack.δ:
+        row[0].data[: k - 1] = 0
+    clean, moved = condition(pipeline, ["in ink <it>"]), attack(["in ink <it>"])
+    last = 3 + k - 1  # after the token that begins every text, two words and the other vectors
+    torch.testing.assert_close(moved.states[0, :last], clean.states[0, :last])
+    assert not torch.allclose(moved.states[0, last], clean.states[0, last])
+
+
+def encoders_of(pipeline) -> list:
+    return [encoder for _, encoder in soft_tokens.text_encoders(pipeline)]
 
 
 def test_it_climbs_and_stays_in_the_ball(pipeline) -> None:

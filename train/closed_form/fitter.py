@@ -20,7 +20,7 @@ from expunge.low_rank import nearest
 
 
 class Fitter:
-    """Accumulates embeddings; order does not matter. All in float64.
+    """Accumulates embeddings; order does not matter. All in float64, which MPS lacks: on the CPU.
 
     Args:
         width: D, of the embeddings.
@@ -34,14 +34,14 @@ class Fitter:
 
     def erase(self, c: Tensor, g: Tensor, a: float = 1.0) -> None:
         """W' c = W g is wanted, c and g (N, D), with weight a."""
-        c, g = c.double().cpu(), g.double().cpu()
+        c, g = c.cpu().double(), g.cpu().double()
         self.M += a * c.T @ c
         self.differences.append(a * (g - c))
         self.erased.append(c)
 
     def preserve(self, p: Tensor, b: float = 1.0) -> None:
         """W' p = W p is wanted, p (N, D), with weight b."""
-        p = p.double().cpu()
+        p = p.cpu().double()
         self.M += b * p.T @ p
 
     def solve(self) -> Edit:
@@ -71,11 +71,11 @@ class Edit:
 
     def delta(self, W: Tensor) -> Tensor:
         """ΔW = W T, (O, D)."""
-        return W.double().cpu() @ self.P @ self.Q
+        return W.cpu().double() @ self.P @ self.Q
 
     def lora(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
         """B (O, rank), A (rank, D) with B A nearest to ΔW, and ‖ΔW − B A‖ / ‖ΔW‖."""
-        return nearest(W.double().cpu() @ self.P, self.Q, rank)
+        return nearest(W.cpu().double() @ self.P, self.Q, rank)
 
     def save(self, file: Path) -> None:
         """As safetensors, exactly."""

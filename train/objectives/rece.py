@@ -64,11 +64,11 @@ class Rece(Uce):
         from expunge.backbones import modules_of
 
         fitter = self.gather(pipeline, concept)
-        weights = [
-            pipeline.unet.get_submodule(name).weight.detach().double().cpu()
-            for name in modules_of(pipeline.unet, self.modules)
-        ]
-        G = torch.stack([W.T @ W for W in weights]).sum(0)
+        G = torch.zeros_like(fitter.M)
+        # One at a time: SDXL has 140, and all of them in float64 are gigabytes.
+        for name in modules_of(pipeline.unet, self.modules):
+            W = pipeline.unet.get_submodule(name).weight.detach().cpu().double()
+            G += W.T @ W
         c = torch.cat(fitter.erased)
         g = c + torch.cat(fitter.differences) / self.erase_scale
         edit = fitter.solve()
