@@ -90,6 +90,8 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     tokens = soft_tokens.load(pipeline, config.concept.tokens)
     texts = [*config.concept.texts(), *config.validation.prompts, *config.preserve.templates]
     soft_tokens.require(pipeline, [*texts, *_strings(asdict(config.objective))])
+    # What is cut off at its end may have lost the concept, and would be erased without it.
+    soft_tokens.fits(pipeline, [*config.concept.prompts(), *config.concept.preserve])
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
 

@@ -20,6 +20,7 @@ from expunge.train.latents import Replay, Rollout
 from expunge.train.noised import Noised
 from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
+from expunge.train.objectives.esd import Esd
 from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
 from expunge.train.several import Several
@@ -187,6 +188,28 @@ def test_what_a_rank_cannot_hold_of_a_closed_form_is_said(tiny_sd1, tmp_path, ca
         lost = json.loads((tmp_path / name / "train_result.json").read_text())["svd_error"]
         assert (lost > 0.1) == (name == "small")
         assert "lost to the rank" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_prompt_whose_end_nobody_reads_is_not_erased(tiny_sd1, tmp_path) -> None:
+    concept = Concept(targets=["a bomb"], templates=["a picture of " * 20 + "{}"])
+    with pytest.raises(UserError, match=r"tokens .* shorten it"):
+        train(small_run(tiny_sd1, tmp_path / "out", concept=concept, preserve=Preserve()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": Esd(erase_from="<unknown>")},
+        {"preserve": Preserve(weight=1.0, templates=["{} with <unknown>"])},
+    ],
+)
+def test_a_token_that_nobody_gave_is_refused_wherever_it_stands(
+    tiny_sd1, tmp_path, changes
+) -> None:
+    with pytest.raises(UserError, match="<unknown>"):
+        train(small_run(tiny_sd1, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sheet_that_fails_does_not_take_the_lora_with_it(tiny_sd1, tmp_path, monkeypatch) -> None:
