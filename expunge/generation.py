@@ -14,7 +14,8 @@ def pictures_at_once(pipeline: Any) -> int:
     """How many pictures of the model's own size a batch holds."""
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (height * width * pipeline.vae_scale_factor**2)))
+    pixels: int = height * width * pipeline.vae_scale_factor**2
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 @torch.no_grad()

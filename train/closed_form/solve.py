@@ -18,7 +18,7 @@ def solve(config: TrainConfig, pipeline: Any, progress: Progress) -> Edit:
     `progress` has the seconds, and the largest ‖ΔW − B A‖ / ‖ΔW‖ of any layer at the LoRA's rank.
     """
     begun = time.perf_counter()
-    edit = config.objective.fit(pipeline, config.concept)
+    edit: Edit = config.objective.fit(pipeline, config.concept)
     names = backbones.modules_of(pipeline.unet, config.objective.modules)
     adapters.attach(pipeline.unet, names, config.lora.rank, config.lora.alpha, config.seed)
     progress.svd_error = install(edit, pipeline.unet, names)
