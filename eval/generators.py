@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from expunge.generation import generate
+from expunge.generation import generate, picture_size
 
 
 class Generator(Protocol):
@@ -46,7 +46,7 @@ class PipelineGenerator:
         self._pipeline = pipeline
         self._steps = steps
         self._guidance_scale = guidance_scale
-        height, width = _size(pipeline)
+        height, width = picture_size(pipeline)
         self._identity = {
             "pipeline": type(pipeline).__name__,
             "components": component_hashes(pipeline),
@@ -117,9 +117,3 @@ def _settings(component: Any) -> Iterator[Any]:
         yield {k: v for k, v in table.items() if k not in ("padding", "truncation")}
     elif hasattr(component, "bpe_ranks"):
         yield sorted(map(str, component.bpe_ranks.items()))
-
-
-def _size(pipeline: Any) -> tuple[int, int]:
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor

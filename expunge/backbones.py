@@ -1,8 +1,6 @@
 """Load a pipeline by name, folder or hub id, and say which of its modules belong to which group."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import UserError, nearest
+from expunge.silence import quiet
 
 BUNDLED = ("emoji",)
 GUIDANCE_SCALE = {"emoji": 4.0}
@@ -118,8 +117,9 @@ def load_pipeline(
     dtypes = {getattr(part, "dtype", dtype) for part in pipeline.components.values()}
     cast = [] if quantisation or dtypes == {dtype} else [dtype]
     try:
-        # At once: a GPU need not hold in float32 what it is to hold in half of that.
-        with _quiet():
+        # At once: a GPU need not hold in float32 what it is to hold in half. diffusers warns
+        # that a cast may be inconsistent, or is meant for a GPU.
+        with quiet(diffusers.utils.logging):
             pipeline.to(device, *cast)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -192,19 +192,6 @@ def latent_shape(pipeline: Any) -> tuple[int, int, int]:
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return pipeline.unet.config.in_channels, height, width
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warning of diffusers that a cast may be inconsistent, or is meant for a GPU."""
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _in_group(name: str, group: str) -> bool:

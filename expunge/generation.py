@@ -10,12 +10,17 @@ AT_ONCE = 16
 PIXELS_AT_ONCE = 8 * 512 * 512  # a VAE's decoder holds about half a gigabyte for each 512²
 
 
-def pictures_at_once(pipeline: Any) -> int:
-    """How many pictures of the model's own size a batch holds."""
+def picture_size(pipeline: Any) -> tuple[int, int]:
+    """(H, W) of the model's own pictures."""
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    pixels: int = height * width * pipeline.vae_scale_factor**2
-    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // pixels))
+    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
+def pictures_at_once(pipeline: Any) -> int:
+    """How many pictures of the model's own size a batch holds."""
+    height, width = picture_size(pipeline)
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (height * width)))
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from expunge.concepts import soft_names
 from expunge.errors import UserError
 from expunge.results import sha256_file
+from expunge.silence import quiet
 
 FILE = "tokens.safetensors"
 METADATA = "expunge"
@@ -151,7 +151,10 @@ def add(pipeline: Any, token: SoftToken, source: str = "of this run") -> str:
             f"got tokens {source}, learnt with another text encoder than this model has; allowed: "
             "the same weights, for in others they mean nothing; learn them with this model"
         )
-    with _quiet(), torch.random.fork_rng():
+    from transformers.utils import logging
+
+    # It explains how it starts new rows, which are overwritten at once.
+    with quiet(logging), torch.random.fork_rng():
         for (tokenizer, encoder), vectors in zip(encoders, token.vectors, strict=True):
             try:
                 pipeline.load_textual_inversion(
@@ -201,6 +204,8 @@ def fits(pipeline: Any, texts: Iterable[str], coming: Mapping[str, int] | None =
     Raises:
         UserError: One is too long.
     """
+    from transformers.utils import logging
+
     read, coming = list(texts), coming or {}
     for tokenizer, encoder in text_encoders(pipeline):
         # A tokenizer that was saved without its length gives an astronomic one.
@@ -210,7 +215,7 @@ def fits(pipeline: Any, texts: Iterable[str], coming: Mapping[str, int] | None =
             for name, k in coming.items():
                 n += k * bare.count(name)
                 bare = bare.replace(name, " ")
-            with _quiet():
+            with quiet(logging):  # that it is long is said below
                 n += len(token_ids(pipeline, bare, tokenizer))
             if n > most:
                 raise UserError(
@@ -260,19 +265,3 @@ def text_encoders(pipeline: Any) -> Iterator[tuple[Any, Any]]:
         encoder = getattr(pipeline, f"text_encoder{suffix}", None)
         if encoder is not None:
             yield getattr(pipeline, f"tokenizer{suffix}"), encoder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers explains how it starts new rows, which are overwritten at once.
-
-    And that a text is long, which is refused in one line.
-    """
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

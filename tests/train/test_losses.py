@@ -135,3 +135,19 @@ def test_every_target_of_an_ablation_has_its_anchor() -> None:
         ("a balloon in ink style", "a bomb in ink style"),
         ("a key in ink style", "a dagger in ink style"),
     }
+
+
+def test_which_samples_are_attacked_does_not_depend_on_the_number_of_processes(tiny_sd1) -> None:
+    losses, _ = losses_of(tiny_sd1, Esd())
+    losses.attack = Robust(share=0.5).open(backbones.load_pipeline(tiny_sd1), INK, 0)
+    prompts = [f"a bomb in {style} style" for style in ("ink", "flat", "sticker", "blueprint")]
+    plain = losses.maker.embed(prompts).states
+    for losses.offset in (0.0, 0.3, 0.7):
+        losses.maker = dataclasses.replace(losses.maker, share=Share())
+        whole = losses._attacked(prompts).states
+        assert (whole - plain).abs().flatten(1).amax(1).gt(1e-3).sum() == 2
+        halves = []
+        for i in range(2):
+            losses.maker = dataclasses.replace(losses.maker, share=Share(i, 2))
+            halves.append(losses._attacked(prompts[2 * i : 2 * i + 2]).states)
+        torch.testing.assert_close(torch.cat(halves), whole, atol=1e-5, rtol=1e-4)
