@@ -258,3 +258,13 @@ def test_beside_what_stays_it_is_read_as_what_stays_alone(pipeline) -> None:
         return float((c[:n] + c[:n] @ T.T - g[:n]).norm() / (c[:n] - g[:n]).norm())
 
     assert left(True) < 0.5 * left(False)
+
+
+def test_against_several_targets_as_much_is_held_as_against_one(pipeline) -> None:
+    """Twice the same target is that target, twice as weighty on both sides but for λ."""
+    once, twice = (
+        Uce(tokens="rest", regularisation=1e-9).fit(pipeline, replace(CONCEPT, targets=targets)).T
+        for targets in (["a bomb"], ["a bomb", "a bomb"])
+    )
+    kept = embeddings(pipeline, "a cat face", 10, "rest").double()
+    torch.testing.assert_close(kept @ twice.T, kept @ once.T, atol=1e-4, rtol=1e-3)

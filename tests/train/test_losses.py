@@ -139,13 +139,13 @@ def test_every_target_of_an_ablation_has_its_anchor() -> None:
 
 def test_which_samples_are_attacked_does_not_depend_on_the_number_of_processes(tiny_sd1) -> None:
     losses, _ = losses_of(tiny_sd1, Esd())
-    losses.attack = Robust(share=0.5).open(backbones.load_pipeline(tiny_sd1), INK, 0)
+    losses.attack = Robust(share=0.25).open(backbones.load_pipeline(tiny_sd1), INK, 0)
     prompts = [f"a bomb in {style} style" for style in ("ink", "flat", "sticker", "blueprint")]
     plain = losses.maker.embed(prompts).states
     for losses.offset in (0.0, 0.3, 0.7):
         losses.maker = dataclasses.replace(losses.maker, share=Share())
         whole = losses._attacked(prompts).states
-        assert (whole - plain).abs().flatten(1).amax(1).gt(1e-3).sum() == 2
+        assert (whole - plain).abs().flatten(1).amax(1).gt(1e-3).sum() == 1
         halves = []
         for i in range(2):
             losses.maker = dataclasses.replace(losses.maker, share=Share(i, 2))
