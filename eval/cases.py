@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 # What a detector says about one picture: label -> score in [0, 1], e.g. "object/bomb" -> 0.98.
 Observation = Mapping[str, float]
+
+
+class Seen(dict[str, float]):
+    """An observation with more than scores to it.
+
+    Attributes:
+        details: A JSON value that is kept beside the scores, such as boxes before any threshold.
+    """
+
+    details: Any
+
+    def __init__(self, scores: Mapping[str, float], details: Any) -> None:
+        super().__init__(scores)
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a prompt asks of the sampling; None is the suite's or the model's own."""
+
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def given(self) -> dict[str, float | int]:
+        """What is not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -44,6 +71,7 @@ class Case:
         group: The prompt group, for reports and contact sheets.
         about: What the picture is about (a target, an object, a style), for breakdowns.
         questions: What is asked.
+        sampling: What is sampled otherwise than the suite says.
     """
 
     prompt: str
@@ -51,6 +79,7 @@ class Case:
     group: str
     about: str
     questions: tuple[Question, ...]
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)
@@ -68,7 +97,14 @@ class Tested:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a suite asks about a concept."""
+    """All that a suite asks about a concept.
+
+    Attributes:
+        tested: The concept.
+        cases: The pictures.
+        excluded: Why rows were left out -> how many, for reports: "age-coded words" -> 12.
+    """
 
     tested: Tested
     cases: tuple[Case, ...]
+    excluded: Mapping[str, int] = field(default_factory=dict)

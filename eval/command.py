@@ -146,7 +146,7 @@ def _evaluate(
     return evaluate(
         generator,
         plan.cases,
-        suite.metrics,
+        suite.counters(),
         detector,
         suite.detector.threshold,
         store,

@@ -15,8 +15,8 @@ from expunge.errors import UserError
 from expunge.eval.cases import Case, Observation
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import Generator
+from expunge.eval.metrics import Counter
 from expunge.eval.store import ImageStore, Pixels
-from expunge.eval.suite import Metric
 from expunge.results import Measurement
 
 
@@ -59,7 +59,7 @@ class Outcome:
 def evaluate(
     generator: Generator,
     cases: Sequence[Case],
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, Counter],
     detector: OpenDetector,
     threshold: float,
     store: ImageStore,
@@ -178,7 +178,7 @@ def observe(
     return [(seen, None) for seen in found]
 
 
-def measure(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> dict[str, Measurement]:
+def measure(scores: Sequence[Score], metrics: Mapping[str, Counter]) -> dict[str, Measurement]:
     """Every metric over all of its answers."""
     return {
         name: metric.compute([s.answers[name] for s in scores if name in s.answers])
@@ -187,7 +187,7 @@ def measure(scores: Sequence[Score], metrics: Mapping[str, Metric]) -> dict[str,
 
 
 def break_down(
-    cases: Sequence[Case], scores: Sequence[Score], metrics: Mapping[str, Metric]
+    cases: Sequence[Case], scores: Sequence[Score], metrics: Mapping[str, Counter]
 ) -> dict[str, dict[str, Measurement]]:
     """Every metric for each target, object or style that its pictures are about."""
     parts: dict[str, dict[str, list[bool | None]]] = {name: {} for name in metrics}

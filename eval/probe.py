@@ -61,6 +61,7 @@ class Watch:
         self.how, self.pipeline = how, pipeline
         self.suite = load_suite(how.suite)
         self.cases = self.suite.prompts.plan(list(targets), how.limit).cases
+        self.counters = self.suite.counters()
         self.detector = self.suite.detector.open()
         self.base = self()
 
@@ -76,11 +77,11 @@ class Watch:
             steps=self.suite.steps,
             guidance_scale=self.suite.guidance_scale,
         )
-        answers: dict[str, list[bool]] = {name: [] for name in self.suite.metrics}
+        answers: dict[str, list[bool]] = {name: [] for name in self.counters}
         seen = observe(to_pixels(images), self.detector)
         for case, (found, _) in zip(self.cases, seen, strict=True):
             for q in case.questions:
-                worst = not self.suite.metrics[q.metric].higher_is_better
+                worst = not self.counters[q.metric].higher_is_better
                 threshold = self.suite.detector.threshold
                 answers[q.metric].append(worst if found is None else q.answer(found, threshold))
         return {name: sum(given) / len(given) for name, given in answers.items() if given}
@@ -93,7 +94,7 @@ class Watch:
         """Whether it is erased and kept."""
         return all(
             rate >= self.how.kept * self.base[name]
-            if self.suite.metrics[name].higher_is_better
+            if self.counters[name].higher_is_better
             else rate <= self.how.erased
             for name, rate in rates.items()
         )

@@ -12,9 +12,8 @@ from expunge.configuration import dump, load
 from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Plan
 from expunge.eval.detectors import DETECTORS, Detector
-from expunge.eval.metrics import METRICS
+from expunge.eval.metrics import METRICS, Counter, PictureMetric
 from expunge.registry import Entry, Registry
-from expunge.results import Measurement
 from expunge.schema import read_yaml
 
 PROMPTS = Registry(
@@ -39,14 +38,20 @@ class PromptSource(Protocol):
         """The cases for a concept given as texts, at most ``limit`` per group."""
 
 
-class Metric(Protocol):
-    """Turns the answers to its questions into a number with its interval."""
+Metric = Counter | PictureMetric
 
-    higher_is_better: bool
-    meaning: str
 
-    def compute(self, answers: list[bool | None]) -> Measurement:
-        """Count answers; None is a picture that could not be judged."""
+@dataclass(frozen=True)
+class Judge:
+    """A second opinion: another detector is asked the questions of some metrics in its own labels.
+
+    Its counts stand beside the first detector's as `metric@name of the judge`.
+    """
+
+    detector: Annotated[Detector, DETECTORS] = field(metadata={"help": "who judges"})
+    asks: dict[str, list[str]] = field(
+        metadata={"help": "metric -> labels, any of which answers it with yes"}
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,18 @@ class Suite:
     prompts: Annotated[PromptSource, PROMPTS] = field(metadata={"help": "where prompts come from"})
     detector: Annotated[Detector, DETECTORS] = field(metadata={"help": "who judges"})
     groups: dict[str, str] = field(metadata={"help": "prompt group -> its title in reports"})
-    metrics: dict[str, Annotated[Metric, METRICS]] = field(metadata={"help": "what is counted"})
+    metrics: dict[str, Annotated[Metric, METRICS]] = field(metadata={"help": "what is measured"})
+    judges: dict[str, Judge] = field(
+        default_factory=dict, metadata={"help": "second opinions: name -> detector and questions"}
+    )
+
+    def counters(self) -> dict[str, Counter]:
+        """The metrics that count answers."""
+        return {n: m for n, m in self.metrics.items() if not hasattr(m, "open")}
+
+    def picture_metrics(self) -> dict[str, PictureMetric]:
+        """The metrics that look at pictures."""
+        return {n: m for n, m in self.metrics.items() if hasattr(m, "open")}
 
     def sha256(self) -> str:
         """The hash of everything that the suite's file decides."""

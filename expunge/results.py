@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from expunge.errors import UserError
 
@@ -172,6 +172,7 @@ class Measurement:
         n: The trials behind it.
         unknown: Trials that could not be judged; they are not part of n.
         higher_is_better: The direction of the good.
+        unit: What the number is: a share in [0, 1], or a plain number.
     """
 
     value: float | None
@@ -180,6 +181,7 @@ class Measurement:
     n: int
     higher_is_better: bool
     unknown: int = 0
+    unit: Literal["share", "number"] = "share"
 
     @classmethod
     def proportion(

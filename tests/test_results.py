@@ -80,6 +80,7 @@ def test_measurement() -> None:
         "high": pytest.approx(0.3662, abs=5e-5),
         "n": 263,
         "unknown": 2,
+        "unit": "share",
         "higher_is_better": False,
     }
     nothing = Measurement.proportion(0, 0, higher_is_better=True, unknown=5)

@@ -86,7 +86,9 @@ def test_a_lora_beside_its_base(
     assert found["concept"] == {"texts": ["a bomb"], "labels": ["object/bomb"]}
     assert set(found["metrics"]) == set(found["base"]) == METRICS
     for measured in [*found["metrics"].values(), *found["base"].values()]:
-        assert set(measured) == {"value", "low", "high", "n", "unknown", "higher_is_better"}
+        assert set(measured) == {
+            "value", "low", "high", "n", "unknown", "higher_is_better", "unit"
+        }  # fmt: skip
         assert 0 <= measured["low"] <= measured["value"] <= measured["high"] <= 1
         assert measured["n"] == 2
     assert set(found["relative"]) == METRICS - {"target_seen", "pair_target_seen"}

@@ -1,0 +1,211 @@
+"""Intervals and tests: of clustered samples, of pairs, of many metrics at once.
+
+Wilson's interval of a single rate is `expunge.results.wilson`. All that is random is drawn from a
+seed, so that a report says the same twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+DRAWS = 2000
+LEVEL = 0.95
+Values = NDArray[np.float64]
+
+
+def cluster_bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    statistic: Callable[[Values], float] | None = None,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic when whole clusters are drawn with replacement.
+
+    Several pictures of one prompt are no independent trials; drawing prompts instead of pictures
+    keeps an interval's coverage (Cameron, Gelbach, Miller 2008, doi:10.1162/rest.90.3.414).
+
+    Args:
+        values: N numbers.
+        clusters: Which cluster each belongs to, usually its prompt.
+        statistic: Of numbers; default: their mean.
+        draws: Bootstrap samples.
+        seed: Decides them.
+
+    Raises:
+        ValueError: No value, or lengths that differ.
+    """
+    if not len(values) or len(values) != len(clusters):
+        raise ValueError(f"got {len(values)} values in {len(clusters)} clusters")
+    x = np.asarray(values, np.float64)
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    member = np.array([number[name] for name in clusters])
+    rng = np.random.default_rng(seed)
+    if statistic is None:
+        # A mean over drawn clusters is a ratio of two sums, so that no sample has to be made.
+        sums, sizes = np.bincount(member, x), np.bincount(member)
+        drawn = rng.integers(len(number), size=(draws, len(number)))
+        found = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    else:
+        rows = [np.flatnonzero(member == i) for i in range(len(number))]
+        found = np.array([
+            statistic(x[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])])
+            for _ in range(draws)
+        ])  # fmt: skip
+    return _interval(found)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference between two things measured on the same (prompt, seed).
+
+    Attributes:
+        difference: Mean of b − a.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Of the hypothesis that there is none, two-sided.
+        n: Pairs of which both could be judged.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """The exact two-sided p of McNemar's test (1947, doi:10.1007/BF02295996).
+
+    Of the pairs that disagree, n01 + n10, each is as likely to be the one as the other:
+    p = min(1, 2 P[Binomial(n01 + n10, ½) ≤ min(n01, n10)]); without any, 1.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"got {len(a)} and {len(b)} answers; allowed: pairs")
+    lost = sum(x and not y for x, y in zip(a, b, strict=True))
+    won = sum(y and not x for x, y in zip(a, b, strict=True))
+    if not lost + won:
+        return 1.0
+    return float(stats.binomtest(min(lost, won), lost + won, 0.5).pvalue)
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The 95 % interval of the mean of b − a, prompts drawn with replacement."""
+    difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    return cluster_bootstrap(difference.tolist(), clusters, draws=draws, seed=seed)
+
+
+def sign_flip(
+    a: Sequence[float],
+    b: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """The two-sided p of a paired permutation test: were a and b exchangeable within a cluster?
+
+    p = (1 + #{|Σ s_c D_c| ≥ |Σ D_c|}) / (1 + draws), D_c the sum of b − a over cluster c, s_c = ±1.
+    """
+    difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    D = np.bincount([number[name] for name in clusters], difference)
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, len(D)))
+    # What is equal but for rounding counts as at least as far.
+    far = np.abs(signs @ D) >= abs(D.sum()) * (1 - 1e-12)
+    return float((1 + far.sum()) / (1 + draws))
+
+
+def compare_answers(
+    a: Sequence[bool | None], b: Sequence[bool | None], clusters: Sequence[Hashable]
+) -> Paired | None:
+    """Two models' answers to the same questions; what one of them has unknown is left out.
+
+    The interval is of prompts drawn with replacement. McNemar's test takes pairs for independent;
+    where prompts repeat, the permutation test of whole prompts takes its place.
+
+    Returns:
+        None without a pair.
+    """
+    kept = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if None not in (x, y)]
+    if not kept:
+        return None
+    x, y, names = [[bool(a[i]) for i in kept], [bool(b[i]) for i in kept],
+                   [clusters[i] for i in kept]]  # fmt: skip
+    low, high = paired_bootstrap(x, y, names)
+    alone = len(set(names)) == len(names)
+    p = mcnemar(x, y) if alone else sign_flip(x, y, names)
+    return Paired(float(np.mean(y) - np.mean(x)), low, high, p, len(kept))
+
+
+def compare_values(
+    a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Hashable]
+) -> Paired | None:
+    """The same of numbers: paired bootstrap over prompts and a permutation test of their signs."""
+    kept = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if None not in (x, y)]
+    if not kept:
+        return None
+    x, y = ([float(side[i] or 0) for i in kept] for side in (a, b))
+    names = [clusters[i] for i in kept]
+    low, high = paired_bootstrap(x, y, names)
+    return Paired(float(np.mean(y) - np.mean(x)), low, high, sign_flip(x, y, names), len(kept))
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several tests, corrected so that one false alarm in all has at most their level.
+
+    The k-th smallest of m becomes max over j ≤ k of min(1, (m − j + 1) p_j) (Holm 1979,
+    https://www.jstor.org/stable/4615733).
+    """
+    found, most = {}, 0.0
+    for k, name in enumerate(sorted(p, key=lambda name: p[name])):
+        most = max(most, min(1.0, (len(p) - k) * p[name]))
+        found[name] = most
+    return {name: found[name] for name in p}
+
+
+def pareto(points: Mapping[str, Sequence[float]], higher_is_better: Sequence[bool]) -> list[str]:
+    """The names that no other beats: none is as good in every number and better in one.
+
+    Args:
+        points: Name -> its numbers.
+        higher_is_better: The direction of each number.
+    """
+    sign = np.where(np.asarray(higher_is_better), 1.0, -1.0)
+    good = {name: np.asarray(x, np.float64) * sign for name, x in points.items()}
+    return [
+        name
+        for name, x in good.items()
+        if not any(np.all(y >= x) and np.any(y > x) for y in good.values())
+    ]
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over training seeds, and its 95 % interval by Student's t: one checkpoint is one draw.
+
+    Raises:
+        ValueError: Fewer than two.
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        raise ValueError(f"got {len(x)} training seeds; allowed: two or more")
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+
+
+def _interval(found: Values) -> tuple[float, float]:
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
