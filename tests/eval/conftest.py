@@ -200,3 +200,23 @@ def tiny_lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     concept = {"name": "bomb", "targets": ["a bomb"]}
     adapters.save(pipeline, folder, {"concept": concept, "objective": "none"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders a and b: the bundled model with two samplers, few steps, its own judge, one store."""
+    import yaml
+
+    import expunge.eval.suites
+    from expunge.cli import main
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("evaluations")
+    shipped = Path(str(expunge.eval.suites.__path__[0])) / "emoji.yaml"
+    quick = yaml.safe_load(shipped.read_text()) | {"steps": 8}
+    (root / "quick.yaml").write_text(yaml.safe_dump(quick, sort_keys=False))
+    common = ["--suite", str(root / "quick.yaml"), "--concept", "bomb", "--limit", "2"]
+    for name, sampler in (("a", "negative_prompt"), ("b", "safree")):
+        folders = ["--output_dir", str(root / name), "--store", str(root / "images")]
+        assert main(["eval", *common, "--sampler", sampler, *folders]) == 0
+    return root
