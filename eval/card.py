@@ -48,6 +48,4 @@ def model_index(report: Mapping[str, Any], model: str | None = None) -> str:
 def _name(name: str, suite: str, m: Mapping[str, Any]) -> str:
     better = "higher" if m["higher_is_better"] else "lower"
     unknown = f", {m['unknown']} unknown" if m["unknown"] else ""
-    return (
-        f"{name} ({suite}, n = {m['n']}{unknown}; {number(m)} {interval(m)}; {better} is better)"
-    )
+    return f"{name} ({suite}, n = {m['n']}{unknown}; {number(m)} {interval(m)}; {better} is better)"

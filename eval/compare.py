@@ -1,4 +1,4 @@
-"""`expunge compare D1 D2 …`: evaluations beside each other, paired on the same prompts and seeds."""
+"""`expunge compare D1 D2 …`: evaluations beside each other, on the same prompts and seeds."""
 
 from __future__ import annotations
 

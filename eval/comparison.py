@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Method:
         return self.runs[0].answers(metric)
 
     def rates(self, metric: str) -> list[float | None]:
-        """Of each picture the share of its trainings that show it; None: one could not be judged."""
+        """Of each picture the share of trainings with a yes; None: one could not be judged."""
         columns = zip(*(run.answers(metric) for run in self.runs), strict=True)
         return [None if None in given else sum(map(bool, given)) / len(given) for given in columns]
 

@@ -67,9 +67,9 @@ def mean_interval(parts: Sequence[tuple[float, float, float]]) -> tuple[float, f
     """
     M = len(parts)
     mean = sum(θ for θ, _, _ in parts) / M
-    low = math.hypot(*((θ - l) / M for θ, l, _ in parts))
-    high = math.hypot(*((u - θ) / M for θ, _, u in parts))
-    return mean, mean - low, mean + high
+    below = math.hypot(*((θ - low) / M for θ, low, _ in parts))
+    above = math.hypot(*((high - θ) / M for θ, _, high in parts))
+    return mean, mean - below, mean + above
 
 
 def plane_front(found: Mapping[str, Point]) -> list[str]:

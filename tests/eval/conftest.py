@@ -7,7 +7,8 @@ with random weights.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,45 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders = ["--output_dir", str(root / name), "--store", str(root / "images")]
         assert main(["eval", *common, "--sampler", sampler, *folders]) == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    driver = pytest.importorskip("playwright.sync_api")
+    with driver.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[[Path], tuple[Any, list[str]]]]:
+    """Opens a file without a network: the page, and all that it asked others for."""
+    contexts = []
+
+    def opener(file: Path) -> tuple[Any, list[str]]:
+        context = browser.new_context(viewport={"width": 1200, "height": 900})
+        contexts.append(context)
+        context.set_offline(True)
+        asked: list[str] = []
+        page = context.new_page()
+
+        def refuse(route: Any) -> None:
+            if route.request.url.startswith(("file:", "data:")):
+                route.continue_()
+            else:
+                asked.append(route.request.url)
+                route.abort()
+
+        context.route("**/*", refuse)
+        page.on("pageerror", lambda error: pytest.fail(f"the page's script failed: {error}"))
+        page.goto(file.resolve().as_uri())
+        return page, asked
+
+    yield opener
+    for context in contexts:
+        context.close()

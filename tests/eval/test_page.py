@@ -1,8 +1,6 @@
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,9 @@ from expunge.eval.page import _chosen, evaluation_page, flagged, scale, unknowns
 from expunge.eval.runs import Run, answers_of, read_run
 from expunge.eval.store import ImageStore
 from expunge.eval.thumbnails import data_uri
+from html_pages import Balance
 
-VOID = {"meta", "link", "img", "input", "br", "line", "circle", "polyline"}
 HIGHER = {"target_seen": False, "kept": True, "target_seen@second": False}
-
-
-class Balance(HTMLParser):
-    """Every element that opens closes, in order; all that a browser might fetch is noted."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
 
 
 @pytest.fixture
@@ -184,11 +159,11 @@ def test_small_pictures_lose_nothing_and_large_ones_stay_small() -> None:
 
 
 def test_a_page_of_many_large_pictures_stays_small(run: Run, tmp_path: Path) -> None:
-    """350 cases of two models, noise of 512 × 512, the worst there is."""
+    """350 cases of two models, noise of 288 × 288, the worst there is."""
     rng = np.random.default_rng(0)
     store = ImageStore(tmp_path)
     for i in range(4):
-        store.write(f"{i:02}", rng.integers(0, 256, (512, 512, 3), dtype=np.uint8), "x", i)
+        store.write(f"{i:02}", rng.integers(0, 256, (288, 288, 3), dtype=np.uint8), "x", i)
     row = run.rows[0]
     rows = [
         row | {"seed": i} | {m: row[m] | {"picture": f"{i % 4:02}"} for m in ("base", "erased")}
@@ -208,48 +183,6 @@ def test_a_page_of_many_large_pictures_stays_small(run: Run, tmp_path: Path) -> 
 
 
 # In a real browser, which may ask nobody.
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    driver = pytest.importorskip("playwright.sync_api")
-    with driver.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[[Path], tuple[Any, list[str]]]]:
-    """Opens a file without a network: the page, and all that it asked others for."""
-    contexts = []
-
-    def opener(file: Path) -> tuple[Any, list[str]]:
-        context = browser.new_context(viewport={"width": 1200, "height": 900})
-        contexts.append(context)
-        context.set_offline(True)
-        asked: list[str] = []
-        page = context.new_page()
-
-        def refuse(route: Any) -> None:
-            if route.request.url.startswith(("file:", "data:")):
-                route.continue_()
-            else:
-                asked.append(route.request.url)
-                route.abort()
-
-        context.route("**/*", refuse)
-        page.on("pageerror", lambda error: pytest.fail(f"the page's script failed: {error}"))
-        page.goto(file.resolve().as_uri())
-        return page, asked
-
-    yield opener
-    for context in contexts:
-        context.close()
 
 
 def column(page: Any, table: str, name: str) -> list[str]:
