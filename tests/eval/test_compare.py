@@ -79,15 +79,16 @@ def test_identical_evaluations_do_not_differ(runs: tuple[Run, Run]) -> None:
 
 def test_differences_are_those_of_the_pairs(runs: tuple[Run, Run]) -> None:
     def change(report: dict[str, Any], rows: list[Any]) -> None:
-        for i, row in enumerate(rows * 1):
+        for i, row in enumerate(rows):
             row["prompt"] = f"prompt {i}"
             for metric in row["erased"]["answers"]:
                 row["erased"]["answers"][metric] = i % 3 == 0
 
     # Ten of each, so that something is to be counted.
-    a, b = (
-        edited(run, lambda _, rows: rows.extend(json.loads(json.dumps(rows * 4)))) for run in runs
-    )
+    def lengthen(report: dict[str, Any], rows: list[Any]) -> None:
+        rows.extend(json.loads(json.dumps(rows * 4)))
+
+    a, b = (edited(run, lengthen) for run in runs)
     b = edited(b, change)
     a = edited(a, lambda _, rows: [r.update(prompt=f"prompt {i}") for i, r in enumerate(rows)])
     found = compare([Method("a", (a,)), Method("b", (b,))])
@@ -125,9 +126,12 @@ def test_what_is_unknown_is_left_out_and_counted(runs: tuple[Run, Run]) -> None:
         hurt = d.of == "b" and d.metric == "target_seen"
         assert d.paired is not None
         assert (d.unknown, d.paired.n) == ((1, 1) if hurt else (0, 2))
-    everything = edited(b, lambda _, rows: [
-        r["erased"]["answers"].update(dict.fromkeys(r["erased"]["answers"])) for r in rows])  # fmt: skip
-    none = [d for d in compare([Method("b", (everything,))]).differences]
+
+    def blind(report: dict[str, Any], rows: list[Any]) -> None:
+        for row in rows:
+            row["erased"]["answers"] = dict.fromkeys(row["erased"]["answers"])
+
+    none = compare([Method("b", (edited(b, blind),))]).differences
     assert all(d.paired is None and d.test is None and d.unknown == 2 for d in none)
     assert none[0].to_dict()["p"] is None
 
@@ -340,12 +344,9 @@ def test_equal_titles_are_told_apart_by_their_folders(
 
 
 def share(value: float | None, higher: bool, half: float = 0.1, **more: Any) -> dict[str, Any]:
-    ends = (
-        {"low": None, "high": None}
-        if value is None
-        else {"low": value - half, "high": value + half}
-    )
-    return {"value": value, "n": 9, "unknown": 0, "higher_is_better": higher, **ends} | more
+    low, high = (None, None) if value is None else (value - half, value + half)
+    found = {"value": value, "low": low, "high": high, "n": 9, "unknown": 0}
+    return found | {"higher_is_better": higher} | more
 
 
 def test_nobody_beats_those_on_the_front() -> None:
@@ -357,7 +358,7 @@ def test_nobody_beats_those_on_the_front() -> None:
     measured = {
         "base": metrics(1.0, 0.8, 0.5),
         "best": metrics(0.0, 0.6, 0.5),
-        "gentle": metrics(0.2, 0.8, 0.5),
+        "gentle": metrics(0.2, 0.72, 0.5),
         "harsh": metrics(0.1, 0.4, 0.3),
         "lopsided": metrics(0.1, 0.2, 0.6),
     }
@@ -426,10 +427,8 @@ def test_the_thesiss_two_tables() -> None:
     assert safety[1] == ["violence (seen)", "gore_ (seen)", "seen", "fid"]
     assert quality[1] == ["kept_a"]
     text = thesis_form.markdown([safety, quality], list(measured))
-    assert (
-        "| ours | 10.0 % [0.0, 20.0] | 50.0 % [40.0, 60.0] | 20.0 % [10.0, 30.0] | 14 [13.9, 14.1] |"
-        in text
-    )
+    cells = ["ours", "10.0 % [0.0, 20.0]", "50.0 % [40.0, 60.0]", "20.0 % [10.0, 30.0]"]
+    assert f"| {' | '.join([*cells, '14 [13.9, 14.1]'])} |" in text
     tex = thesis_form.latex([safety, quality], list(measured))
     assert r"ours & \textbf{10.0 \%} & \textbf{50.0 \%} & \textbf{20.0 \%} & 14 \\" in tex
     assert r"x \& y & 20.0 \% & \textbf{50.0 \%} & 30.0 \% & \textbf{12} \\" in tex

@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from expunge.cli import main
 from expunge.eval import page as pages
+from expunge.eval.card import model_index
 from expunge.eval.page import _chosen, evaluation_page, flagged, scale, unknowns, verdict
 from expunge.eval.runs import Run, answers_of, read_run
 from expunge.eval.store import ImageStore
@@ -180,6 +183,24 @@ def test_a_page_of_many_large_pictures_stays_small(run: Run, tmp_path: Path) -> 
         text = evaluation_page(Run(run.folder, run.report, rows, tmp_path))
     assert text.count("<img") == 700
     assert len(text) < 15_000_000
+
+
+def test_a_whole_run_has_a_model_index_and_no_banner(
+    suite_file: Path, tiny_model: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    suite = yaml.safe_load(suite_file.read_text())
+    for group in ("target", "in_domain", "cross_domain", "style", "pair"):
+        suite["prompts"][group] |= {"pictures": 1}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(suite))
+    words = ["--suite", tmp_path / "one.yaml", "--model", tiny_model, "--concept", "bomb"]
+    assert main(["eval", *map(str, words), "--output_dir", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (tmp_path / "out" / "model-index.yaml").read_text() == model_index(report)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Smoke run" not in page
+    assert 'name="base' not in page
+    assert Balance(page).tags.count("img") == len(read_run(tmp_path / "out").rows)
+    assert not (evaluations / "a" / "model-index.yaml").exists()
 
 
 # In a real browser, which may ask nobody.
