@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from expunge.errors import UserError
+from expunge.eval.front import mean_interval
 from expunge.eval.runs import BASE, Run
 from expunge.eval.significance import Paired, compare_answers, compare_values, holm, over_seeds
 
@@ -35,10 +36,11 @@ class Method:
                 )
 
     def metrics(self) -> dict[str, Measured]:
-        """Each metric; of several trainings the mean, with Student's interval over them.
+        """Each metric; of several trainings the mean.
 
-        Pictures of one checkpoint share its luck, so the trainings are the trials. A mean of
-        shares stays one, so its interval ends at 0 and 1.
+        Pictures of one checkpoint share its luck, so the interval covers Student's over the
+        trainings, and besides that of the mean of the checkpoints' own intervals. A mean of shares
+        is one, so its interval ends at 0 and 1.
         """
         tables = [run.report["metrics"] for run in self.runs]
         if len(tables) == 1:
@@ -144,8 +146,8 @@ def compare(methods: Sequence[Method]) -> Comparison:
         notes.append("smoke runs with --limit: these numbers are not comparable with any others")
     if any(len(method.runs) > 1 for method in methods):
         notes.append(
-            "intervals of methods with several trainings are Student's over the trainings; tests "
-            "take their mean on each picture, and these very checkpoints"
+            "of methods with several trainings, intervals cover the trainings; tests take the mean "
+            "of these very checkpoints on each picture; pictures are the first training's"
         )
     found = []
     for method in methods[1:]:
@@ -210,6 +212,11 @@ def _mean(measured: Sequence[Measured]) -> Measured:
     if None in values:
         return found
     mean, low, high = over_seeds(values)
+    parts = [(m["value"], m["low"], m["high"]) for m in measured]
+    if all(None not in part for part in parts):
+        # Few trainings can agree by chance; their pictures are few too.
+        _, least, most = mean_interval(parts)
+        low, high = min(low, least), max(high, most)
     if first.get("unit", "share") == "share":
         low, high = max(0.0, low), min(1.0, high)
     return found | {"value": mean, "low": low, "high": high}

@@ -34,17 +34,22 @@ class Point:
 
 
 def points(measured: Mapping[str, Mapping[str, Measured]], base: str | None) -> dict[str, Point]:
-    """The point of every column that has a value of every share.
+    """The point of every column that has a value of every share that anybody has a value of.
 
     Args:
         measured: Column -> metric -> measurement.
         base: The column that the shares to be kept are relative to; None: they are as they are.
     """
     found = {}
+    empty = {
+        metric
+        for metric in next(iter(measured.values()))
+        if all(x[metric]["value"] is None for x in measured.values() if metric in x)
+    }
     for name, metrics in measured.items():
         sides: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
         for metric, m in metrics.items():
-            if m.get("unit", "share") != "share":
+            if m.get("unit", "share") != "share" or metric in empty:
                 continue
             scale = measured[base][metric]["value"] if base and m["higher_is_better"] else 1.0
             ends = [m[key] for key in ("value", "low", "high")]

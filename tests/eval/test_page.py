@@ -282,6 +282,7 @@ def test_a_case_opens_and_tells_all(visit: Any, evaluations: Path) -> None:
         assert label in text
         assert f"{score:.3f}" in text
     assert dialog.locator(".picture img").count() == 2
+    assert dialog.locator("h3").all_inner_texts() == ["base", "erased"]
     # What is blurred on the sheet is blurred here, and opens in both places.
     hidden = dialog.locator(".picture.blurred")
     count = hidden.count()
