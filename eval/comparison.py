@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from expunge.errors import UserError
@@ -51,12 +51,13 @@ class Method:
             if all(name in table for table in tables)
         }
 
-    def answers(self, metric: str) -> list[bool | None]:
-        """The answers of its only evaluation."""
-        return self.runs[0].answers(metric)
+    def answers(self, metric: str) -> Sequence[bool | float | None]:
+        """The answer on each picture; of several trainings the share of those with a yes.
 
-    def rates(self, metric: str) -> list[float | None]:
-        """Of each picture the share of trainings with a yes; None: one could not be judged."""
+        None: one of them could not be judged.
+        """
+        if len(self.runs) == 1:
+            return self.runs[0].answers(metric)
         columns = zip(*(run.answers(metric) for run in self.runs), strict=True)
         return [None if None in given else sum(map(bool, given)) / len(given) for given in columns]
 
@@ -110,7 +111,7 @@ class Comparison:
     base: Run | None
     differences: tuple[Difference, ...]
     tests: int
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -149,17 +150,21 @@ def compare(methods: Sequence[Method]) -> Comparison:
             "of methods with several trainings, intervals cover the trainings; tests take the mean "
             "of these very checkpoints on each picture; pictures are the first training's"
         )
-    found = []
-    for method in methods[1:]:
-        found += [_between(method, methods[0], name, m) for name, m in _asked(method)]
-    for method in methods if base is not None else ():
-        found += [_against_base(method, base, name, m) for name, m in _asked(method)]
-    p = {str(k): d.paired.p for k, d in enumerate(found) if d.test and d.paired}
-    corrected = holm(p)
-    differences = [
-        Difference(**{**vars(d), "p_holm": corrected.get(str(k))}) for k, d in enumerate(found)
+    first = methods[0]
+    found = [
+        _difference(method, first.name, name, m, first.answers(name))
+        for method in methods[1:]
+        for name, m in _asked(method)
     ]
-    return Comparison(tuple(methods), base, tuple(differences), len(p), tuple(notes))
+    found += [
+        _difference(method, BASE, name, m, base.answers(name, BASE))
+        for method in methods
+        for name, m in _asked(method)
+        if base is not None
+    ]
+    corrected = holm({str(k): d.paired.p for k, d in enumerate(found) if d.paired})
+    differences = [replace(d, p_holm=corrected.get(str(k))) for k, d in enumerate(found)]
+    return Comparison(tuple(methods), base, tuple(differences), len(corrected), tuple(notes))
 
 
 def _asked(method: Method) -> list[tuple[str, Measured]]:
@@ -167,41 +172,31 @@ def _asked(method: Method) -> list[tuple[str, Measured]]:
     return [(name, m) for name, m in method.metrics().items() if method.runs[0].prompts(name)]
 
 
-def _between(method: Method, other: Method, name: str, m: Measured) -> Difference:
-    prompts = other.runs[0].prompts(name)
-    if len(method.runs) == len(other.runs) == 1:
-        a, b = other.answers(name), method.answers(name)
-        return _difference(method.name, other.name, name, m, a, b, prompts)
-    return _difference(
-        method.name, other.name, name, m, other.rates(name), method.rates(name), prompts
-    )
-
-
-def _against_base(method: Method, base: Run, name: str, m: Measured) -> Difference:
-    prompts, theirs = base.prompts(name), base.answers(name, BASE)
-    ours = method.answers(name) if len(method.runs) == 1 else method.rates(name)
-    return _difference(method.name, BASE, name, m, theirs, ours, prompts)
-
-
 def _difference(
-    of: str,
+    method: Method,
     against: str,
     name: str,
     m: Measured,
-    a: Sequence[float | None],
-    b: Sequence[float | None],
-    prompts: Sequence[str],
+    theirs: Sequence[bool | float | None],
 ) -> Difference:
-    known = [None not in pair for pair in zip(a, b, strict=True)]
+    ours, prompts = method.answers(name), method.runs[0].prompts(name)
+    known = [None not in pair for pair in zip(theirs, ours, strict=True)]
+    counted = all(isinstance(x, bool) or x is None for x in (*theirs, *ours))
+    pair: Any = compare_answers if counted else compare_values
+    paired: Paired | None = pair(theirs, ours, prompts)
     kept = [prompt for prompt, judged in zip(prompts, known, strict=True) if judged]
-    counted = all(isinstance(x, bool) or x is None for x in (*a, *b))
-    paired = compare_answers(a, b, prompts) if counted else compare_values(a, b, prompts)  # type: ignore[arg-type]
-    test = None
-    if paired is not None:
-        alone = len(set(kept)) == len(kept)
-        test = "McNemar, exact" if counted and alone else "permutation of prompts"
-    unit, higher = m.get("unit", "share"), m["higher_is_better"]
-    return Difference(name, of, against, unit, higher, test, paired, known.count(False))
+    exact = counted and len(set(kept)) == len(kept)
+    test = "McNemar, exact" if exact else "permutation of prompts"
+    return Difference(
+        metric=name,
+        of=method.name,
+        against=against,
+        unit=m.get("unit", "share"),
+        higher_is_better=m["higher_is_better"],
+        test=test if paired else None,
+        paired=paired,
+        unknown=known.count(False),
+    )
 
 
 def _mean(measured: Sequence[Measured]) -> Measured:
