@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from expunge.results import wilson
+
 DRAWS = 2000
 LEVEL = 0.95
 Values = NDArray[np.float64]
@@ -59,6 +61,32 @@ def cluster_bootstrap(
             for _ in range(draws)
         ])  # fmt: skip
     return _interval(found)
+
+
+def clustered_wilson(
+    successes: Sequence[bool], clusters: Sequence[Hashable]
+) -> tuple[float, float]:
+    """Wilson's interval of a rate whose trials come in clusters, such as pictures of one prompt.
+
+    Clustered trials say as much as n / d independent ones, d = max(1, V_clusters / V) with
+    V = p (1 − p) / n and V_clusters = C / (C − 1) · Σ_c (s_c − p n_c)² / n² over C clusters of n_c
+    trials and s_c successes (Kish's design effect; the interval after Korn and Graubard 1998). A
+    bootstrap would say [0, 0] of a rate of 0; there, and at 1, and of one cluster, the number of
+    clusters takes the place of n / d. With a cluster for each trial this is Wilson's own interval.
+    """
+    x = np.asarray(successes, np.float64)
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    n, C = len(x), len(number)
+    if n == 0 or n == C:
+        return wilson(float(x.sum()), n)
+    p = float(x.mean())
+    if p in (0.0, 1.0) or C == 1:
+        return wilson(p * C, C)
+    member = [number[name] for name in clusters]
+    s, sizes = np.bincount(member, x), np.bincount(member)
+    variance = C / (C - 1) * float(((s - p * sizes) ** 2).sum()) / n**2
+    d = max(1.0, variance / (p * (1 - p) / n))
+    return wilson(p * n / d, n / d)
 
 
 @dataclass(frozen=True)
