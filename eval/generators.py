@@ -107,8 +107,8 @@ class PipelineGenerator:
         with threads(self._threads if self._cpu else None):
             return generate(
                 self._pipeline,
-                [*prompts, *prompts[-1:] * fill],
-                [*seeds, *seeds[-1:] * fill],
+                [*prompts, *[prompts[-1]] * fill],
+                [*seeds, *[seeds[-1]] * fill],
                 steps=self._steps,
                 guidance_scale=self._guidance_scale if scale is None else scale,
                 batch_size=shape,

@@ -144,8 +144,8 @@ def evaluate(
     judged = {"": _scores(keys, asked, panel.detector, panel.threshold, store, label, team)}
     clock.lap("detector")
     for name, (detector, threshold, asks) in panel.others.items():
-        theirs = [tuple(_reworded(case, asks)) for case in cases]
-        judged[name] = _scores(keys, theirs, detector, threshold, store, f"{label} {name}", team)
+        reworded = [tuple(_reworded(case, asks)) for case in cases]
+        judged[name] = _scores(keys, reworded, detector, threshold, store, f"{label} {name}", team)
         clock.lap(f"judge {name}")
     if not team.leads:
         return None
