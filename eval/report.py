@@ -231,7 +231,7 @@ def _differences(evaluation: Evaluation) -> list[str]:
         return []
     header = ["metric", f"{evaluation.label} − base", "p (Holm)", "pairs"]
     lines = ["", "On the same prompts and seeds (McNemar's exact test; where prompts repeat, a "]
-    lines[-1] += "permutation of whole prompts; intervals: prompts drawn with replacement):"
+    lines[-1] += "permutation of whole prompts; intervals of Bonett and Price):"
     lines += ["", _row(header), _row(["---"] * len(header))]
     for name, x in found.items():
         points = f"{100 * x.difference:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"

@@ -153,7 +153,7 @@ def test_differences_are_paired_and_corrected_for_their_number(
     assert found["target_seen"].p == pytest.approx(6 * 2 / 2**12)
     assert found["kept_style"].difference == 0.0
     assert found["kept_style"].p == 1.0
-    assert "| `target_seen` | -100.0 [-100.0, -100.0] | 0.0029 | 12 |" in markdown(told)
+    assert "| `target_seen` | -100.0 [-100.0, -58.7] | 0.0029 | 12 |" in markdown(told)
     assert Evaluation(suite, plan, False, "x", "model", erased, None, {}).differences() == {}
 
 
