@@ -37,6 +37,9 @@ class Sampling:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+AS_SUITE = Sampling()
+
+
 @dataclass(frozen=True)
 class Question:
     """Does a picture show these labels? Its answer is one trial of a metric.
@@ -79,7 +82,7 @@ class Case:
     group: str
     about: str
     questions: tuple[Question, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = AS_SUITE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,7 +52,13 @@ class EvalConfig:
         default=None, metadata={"help": "pictures per group; marks the report as a smoke run"}
     )
     batch_size: int = field(
-        default=16, metadata={"help": "pictures at a time; results do not depend on it"}
+        default=16, metadata={"help": "pictures at a time on a GPU; the CPU has its own way"}
+    )
+    threads: int = field(
+        default=1, metadata={"help": "of one picture on the CPU; another number, other last bits"}
+    )
+    processes: int = field(
+        default=1, metadata={"help": "that share the work on this machine's CPU"}
     )
     store: Path | None = field(
         default=None,
@@ -66,52 +72,96 @@ class EvalConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"got batch_size {self.batch_size}; allowed: a positive number")
+        for name in ("batch_size", "threads", "processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"got {name} {getattr(self, name)}; allowed: a positive number")
 
 
-def main(argv: list[str]) -> None:
-    """Run `expunge eval`."""
-    run(parse(EvalConfig, argv, "expunge eval"))
+def main(argv: list[str]) -> int:
+    """Run `expunge eval`, in as many processes as it is told."""
+    from expunge.train import launch
+
+    config = parse(EvalConfig, argv, "expunge eval")
+    if config.processes > 1 and not launch.grouped():
+        command = [sys.executable, "-m", "expunge.cli", "eval", *argv]
+        return launch.start(config.processes, command, "the same command goes on where it was")
+    if (count := launch.wanted()) > 1:
+        return launch.start(count, hint="the same command goes on where it was")
+    run(config)
+    return 0
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
     """Evaluate a model, beside its base when it has LoRA; write and print the report.
 
     Returns:
-        What report.json holds.
+        What report.json holds; in all processes but the first, nothing.
 
     Raises:
         UserError: A wrong setting, or an output folder that holds another evaluation.
     """
-    from expunge.eval.harness import changed
-    from expunge.eval.report import Evaluation, print_table, write_report
-    from expunge.eval.store import ImageStore, content_hash
+    from expunge.eval.harness import Panel
+    from expunge.eval.store import content_hash
     from expunge.eval.suite import load_suite
+    from expunge.eval.team import Team
+    from expunge.train import launch
 
-    started = time.monotonic()
     suite = load_suite(config.suite)
     plan = suite.prompts.plan(_concept(config), config.limit)
-    detector = suite.detector.open()
+    panel = Panel.open(suite)
     settings = _settings(config) | {
         "suite": suite.sha256(),
         "concept": list(plan.tested.texts),
-        "prompt list": content_hash([[case.prompt, case.seed] for case in plan.cases]),
-        "detector": detector.protocol(),
+        "prompt list": content_hash(
+            [[case.prompt, case.seed, case.sampling.given()] for case in plan.cases]
+        ),
+        "detector": panel.detector.protocol(),
+        "judges": panel.protocols(),
     }
     _refuse_another(config, settings)
+    team = Team.join()
+    with launch.together(team.size):
+        return _run(config, suite, plan, panel, settings, team)
+
+
+def _run(
+    config: EvalConfig, suite: Any, plan: Any, panel: Any, settings: dict[str, Any], team: Any
+) -> dict[str, Any]:
+    from expunge.eval.harness import changed, evaluate
+    from expunge.eval.report import Evaluation, print_table, write_report
+    from expunge.eval.store import ImageStore
+
     # Loading the erased model first finds what is wrong with it before anything is written.
     guarded = bool(config.lora) or not _plain(config)
     label = "erased" if guarded else "model"
-    outcomes = {}
+    generators = {label: _generator(config, suite, plan, erased=True)}
+    protocol = panel.detector.protocol()
+    for judge in (protocol, *panel.protocols().values()):
+        _refuse_own_judge(judge, generators[label].identity())
+    if team.leads:
+        fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
+    team.wait()
     store = ImageStore(config.store or config.output_dir / "images")
-    for name in [label, "base"] if guarded and config.base else [label]:
-        generator = _generator(config, suite, plan, erased=name != "base")
-        if name == label:
-            _refuse_own_judge(detector.protocol(), generator.identity())
-            fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
-        _claim(config.output_dir, settings, name, generator.identity())
-        outcomes[name] = _evaluate(config, suite, plan, detector, generator, store, name)
+    outcomes: dict[str, Any] = {}
+    # The base comes first, so that what looks at pictures has them beside the erased ones.
+    for name in ["base", label] if guarded and config.base else [label]:
+        if name == "base":
+            generators[name] = _generator(config, suite, plan, erased=False)
+        if team.leads:
+            _claim(config.output_dir, settings, name, generators[name].identity())
+        outcomes[name] = evaluate(
+            generators[name],
+            plan.cases,
+            suite.counters(),
+            panel,
+            store,
+            pictures=suite.picture_metrics(),
+            base=outcomes.get("base"),
+            label=name,
+            team=team,
+        )
+    if not team.leads:
+        return {}
     evaluation = Evaluation(
         suite=suite,
         plan=plan,
@@ -120,39 +170,27 @@ def run(config: EvalConfig) -> dict[str, Any]:
         label=label,
         outcome=outcomes[label],
         base=outcomes.get("base"),
-        detector=detector.protocol(),
+        detector=protocol,
+        judges=panel.protocols(),
         changed=changed(plan.cases, outcomes[label], outcomes["base"], store)
         if "base" in outcomes
         else {},
     )
-    cost = {
-        "generated": {name: outcome.generated for name, outcome in outcomes.items()},
-        "seconds": round(time.monotonic() - started, 1),
-        "notes": store.notes,
-    }
-    report = write_report(evaluation, store, config.output_dir, cost)
+    report = write_report(evaluation, store, config.output_dir)
+    write_json_atomic(
+        config.output_dir / "cost.json",
+        {
+            "generated": {name: outcome.generated for name, outcome in outcomes.items()},
+            "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
+            "processes": team.size,
+            "notes": store.notes,
+        },
+    )
     print_table(evaluation)
     for note in store.notes:
         print(f"note: {note}")
     print(f"{config.output_dir}: report.html, report.md, report.json, scores.json, grid.png")
     return report
-
-
-def _evaluate(
-    config: EvalConfig, suite: Any, plan: Any, detector: Any, generator: Any, store: Any, name: str
-) -> Any:
-    from expunge.eval.harness import evaluate
-
-    return evaluate(
-        generator,
-        plan.cases,
-        suite.counters(),
-        detector,
-        suite.detector.threshold,
-        store,
-        batch_size=config.batch_size,
-        label=name,
-    )
 
 
 def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> Any:
@@ -183,6 +221,8 @@ def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> An
         guidance_scale=suite.guidance_scale,
         sampler=sampler,
         adapters=_adapters(config) if erased else [],
+        batch_size=config.batch_size,
+        threads=config.threads,
     )
 
 
@@ -238,6 +278,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
         "base": config.base,
         "limit": config.limit,
         "device": config.device,
+        "threads": config.threads,
     }
 
 

@@ -143,7 +143,7 @@ def markdown(found: Comparison) -> str:
     if found.differences:
         lines += ["", "## Differences on the same pictures", ""]
         lines += [
-            f"Shares in percentage points, prompts drawn with replacement; {found.tests} p-values "
+            f"Shares in percentage points; {found.tests} p-values "
             "corrected together (Holm). Pairs with an unknown answer are left out.",
             "",
         ]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from expunge.eval.cases import AS_SUITE, Sampling
 from expunge.generation import generate, picture_size
+
+CPU_PICTURES = 8
+CPU_PIXELS = 2 * 512 * 512
 
 
 class Generator(Protocol):
@@ -19,12 +24,23 @@ class Generator(Protocol):
     def identity(self) -> dict[str, Any]:
         """Everything that determines a picture besides prompt and seed, as JSON values."""
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def shape(self, sampling: Sampling) -> int:
+        """How many pictures it makes at once."""
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling = AS_SUITE
+    ) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1]; picture i depends on prompt i and seed i alone."""
 
 
 class PipelineGenerator:
     """A diffusers pipeline with fixed sampling settings.
+
+    On the CPU a picture is the same to the last bit whatever is made beside it: sums are split by
+    the shape of the batch and by the number of threads, so that both are fixed there, batches are
+    filled up to their shape, and both are part of the identity. A sampler that corrects some of
+    the pictures gives the others no neighbours, so each is made alone. On a GPU pictures agree to
+    float noise.
 
     Args:
         pipeline: A text-to-image pipeline, its adapters active.
@@ -32,6 +48,8 @@ class PipelineGenerator:
         guidance_scale: Scale of classifier-free guidance.
         sampler: The sampler that wraps the pipeline: its name, or all that determines it.
         adapters: What the pipeline's state does not tell of its adapters: file hashes, scales.
+        batch_size: Pictures at a time on a GPU.
+        threads: Threads of one picture's arithmetic on the CPU.
     """
 
     def __init__(
@@ -42,11 +60,17 @@ class PipelineGenerator:
         guidance_scale: float,
         sampler: str | Mapping[str, Any] = "plain",
         adapters: Sequence[Mapping[str, Any]] = (),
+        batch_size: int = 16,
+        threads: int = 1,
     ) -> None:
         self._pipeline = pipeline
         self._steps = steps
         self._guidance_scale = guidance_scale
-        height, width = picture_size(pipeline)
+        self._batch_size = batch_size
+        self._threads = threads
+        self._alone = sampler != "plain"
+        self._cpu = pipeline.unet.device.type == "cpu"
+        self._size = height, width = picture_size(pipeline)
         self._identity = {
             "pipeline": type(pipeline).__name__,
             "components": component_hashes(pipeline),
@@ -59,21 +83,52 @@ class PipelineGenerator:
             "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
             "device": pipeline.unet.device.type,
         }
+        if self._cpu:
+            self._identity["arithmetic"] = {"batch": self.shape(AS_SUITE), "threads": threads}
 
     def identity(self) -> dict[str, Any]:
         """Hashes of all components, adapters, sampler, steps, guidance, size, dtype, device."""
         return dict(self._identity)
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], B at a time."""
-        return generate(
-            self._pipeline,
-            prompts,
-            seeds,
-            steps=self._steps,
-            guidance_scale=self._guidance_scale,
-            batch_size=len(prompts),
-        )
+    def shape(self, sampling: Sampling) -> int:
+        """Pictures in a batch."""
+        if not self._cpu:
+            return self._batch_size
+        height, width = self._size_of(sampling)
+        return 1 if self._alone else max(1, min(CPU_PICTURES, CPU_PIXELS // (height * width)))
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling = AS_SUITE
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1]."""
+        shape, asked = self.shape(sampling), len(prompts)
+        fill = -asked % shape if self._cpu else 0
+        scale = sampling.guidance_scale
+        with threads(self._threads if self._cpu else None):
+            return generate(
+                self._pipeline,
+                [*prompts, *[prompts[-1]] * fill],
+                [*seeds, *[seeds[-1]] * fill],
+                steps=self._steps,
+                guidance_scale=self._guidance_scale if scale is None else scale,
+                batch_size=shape,
+                size=self._size_of(sampling),
+            )[:asked]
+
+    def _size_of(self, sampling: Sampling) -> tuple[int, int]:
+        height, width = self._size
+        return sampling.height or height, sampling.width or width
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, PyTorch computes with so many threads; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def component_hashes(pipeline: Any) -> dict[str, str]:

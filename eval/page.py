@@ -18,6 +18,7 @@ PICTURES = 800
 PICTURE_BYTES = 10_000_000
 SCORES_SHOWN = 8
 WANTED, UNWANTED, UNKNOWN, UNASKED = "wanted", "unwanted", "unknown", "unasked"
+SAMPLING = ("guidance_scale", "height", "width")
 FAILED = (UNWANTED, UNKNOWN)
 
 Scored = Mapping[str, Any]
@@ -241,7 +242,7 @@ def _details(row: Row, scored: Mapping[str, Scored]) -> dict[str, Any]:
         "seed": row["seed"],
         "group": row["group"],
         "about": row["about"],
-        "sampling": row.get("sampling") or {},
+        "sampling": {key: row[key] for key in SAMPLING if key in row},
         "expected": asked,
         "models": {model: _opinion(score) for model, score in scored.items()},
     }

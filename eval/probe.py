@@ -67,7 +67,8 @@ class Watch:
 
     def __call__(self) -> dict[str, float]:
         """The rate of every metric; what could not be judged counts as neither gone nor kept."""
-        from expunge.eval.harness import observe, to_pixels
+        from expunge.eval.judging import AT_ONCE, observe
+        from expunge.eval.production import to_pixels
         from expunge.generation import generate
 
         images = generate(
@@ -78,12 +79,17 @@ class Watch:
             guidance_scale=self.suite.guidance_scale,
         )
         answers: dict[str, list[bool]] = {name: [] for name in self.counters}
-        seen = observe(to_pixels(images), self.detector)
-        for case, (found, _) in zip(self.cases, seen, strict=True):
+        threshold, pixels = self.suite.detector.threshold, to_pixels(images)
+        looks = [
+            look
+            for start in range(0, len(pixels), AT_ONCE)
+            for look in observe(pixels[start : start + AT_ONCE], self.detector)
+        ]
+        for case, look in zip(self.cases, looks, strict=True):
             for q in case.questions:
                 worst = not self.counters[q.metric].higher_is_better
-                threshold = self.suite.detector.threshold
-                answers[q.metric].append(worst if found is None else q.answer(found, threshold))
+                seen = worst if look.seen is None else q.answer(look.seen, threshold)
+                answers[q.metric].append(seen)
         return {name: sum(given) / len(given) for name, given in answers.items() if given}
 
     def satisfied(self, rates: dict[str, float]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from expunge.eval.card import model_index
-from expunge.eval.cases import Case, Plan
+from expunge.eval.cases import Case, Plan, Seen
 from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.page import evaluation_page
 from expunge.eval.runs import SCHEMA_VERSION, Run
+from expunge.eval.significance import Paired, compare_answers, holm
 from expunge.eval.store import ImageStore, content_hash
 from expunge.eval.suite import Suite
 from expunge.pictures import save_png
@@ -46,6 +47,7 @@ class Evaluation:
         base: The base model's; None when it was not evaluated.
         detector: The judge's protocol.
         changed: Of each group, the pictures that differ from the base's; empty without a base.
+        judges: The protocols of the second opinions.
     """
 
     suite: Suite
@@ -57,6 +59,7 @@ class Evaluation:
     base: Outcome | None
     detector: dict[str, Any]
     changed: Mapping[str, Measurement] = field(default_factory=dict)
+    judges: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def outcomes(self) -> dict[str, Outcome]:
         """The models, base first."""
@@ -73,21 +76,34 @@ class Evaluation:
             if measured.higher_is_better
         }
 
+    def differences(self) -> dict[str, Paired]:
+        """Of what is counted, erased minus base on the same prompts and seeds; p is Holm's."""
+        if self.base is None:
+            return {}
+        found = {}
+        for name in self.outcome.metrics:
+            if name in self.outcome.protocols:
+                continue
+            ours, theirs = self.outcome.answers(name), self.base.answers(name)
+            prompts = [self.plan.cases[i].prompt for i, _ in ours]
+            pair = compare_answers([a for _, a in theirs], [a for _, a in ours], prompts)
+            if pair is not None:
+                found[name] = pair
+        corrected = holm({name: pair.p for name, pair in found.items()})
+        return {name: replace(pair, p=corrected[name]) for name, pair in found.items()}
+
     def sheet_title(self) -> str:
         """The concept, in its own words."""
         return f"{', '.join(self.plan.tested.texts)}: {self.title}"
 
 
-def write_report(
-    evaluation: Evaluation, store: ImageStore, folder: Path, cost: Mapping[str, Any]
-) -> dict[str, Any]:
+def write_report(evaluation: Evaluation, store: ImageStore, folder: Path) -> dict[str, Any]:
     """Write all files of a report; report.json comes last and so says that it is complete.
 
     Args:
         evaluation: What to tell.
         store: Where the pictures are.
         folder: Where the files go.
-        cost: What differs between runs with the same result: seconds, pictures made.
 
     Returns:
         What report.json holds.
@@ -101,7 +117,7 @@ def write_report(
         "images": os.path.relpath(store.root, folder),
         "scores_sha256": sha256_file(folder / "scores.json"),
     }
-    report = to_dict(evaluation) | {"provenance": provenance() | dict(cost) | files}
+    report = to_dict(evaluation) | {"provenance": provenance() | files}
     page = evaluation_page(Run(folder, report, scores["rows"], store.root))
     write_text_atomic(folder / "report.html", page)
     if not evaluation.smoke:
@@ -128,12 +144,16 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": _measurements(evaluation.outcome.metrics),
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
+        "differences": {name: asdict(pair) for name, pair in evaluation.differences().items()},
         "changed": _measurements(evaluation.changed),
         "breakdown": {
             model: {name: _measurements(rows) for name, rows in outcome.breakdown.items()}
             for model, outcome in outcomes.items()
         },
         "detector": evaluation.detector,
+        "judges": dict(evaluation.judges),
+        "protocols": evaluation.outcome.protocols,
+        "excluded": dict(plan.excluded),
         "generators": {model: outcome.identity for model, outcome in outcomes.items()},
     }
 
@@ -155,6 +175,7 @@ def markdown(evaluation: Evaluation) -> str:
     header = ["metric", "good is", *outcomes, *(["of base"] if evaluation.base else []), "n"]
     lines += [_row(header), _row(["---"] * len(header))]
     lines += [_row(cells) for cells in _table(evaluation, code=True)]
+    lines += _differences(evaluation)
     unknown = _unknown(evaluation)
     if unknown:
         lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
@@ -219,15 +240,31 @@ def _breakdown(evaluation: Evaluation) -> list[str]:
     return lines
 
 
+def _differences(evaluation: Evaluation) -> list[str]:
+    found = evaluation.differences()
+    if not found:
+        return []
+    header = ["metric", f"{evaluation.label} − base", "p (Holm)", "pairs"]
+    lines = ["", "On the same prompts and seeds (McNemar's exact test; where prompts repeat, a "]
+    lines[-1] += "permutation of whole prompts; intervals of Bonett and Price):"
+    lines += ["", _row(header), _row(["---"] * len(header))]
+    for name, x in found.items():
+        points = f"{100 * x.difference:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"
+        lines.append(_row([f"`{name}`", points, f"{x.p:.2g}", str(x.n)]))
+    return lines
+
+
 def _unknown(evaluation: Evaluation) -> list[str]:
     lines = []
     for model, outcome in evaluation.outcomes().items():
-        failed = [score.error for score in outcome.scores if score.error is not None]
-        if failed:
-            lines.append(
-                f"{len(failed)} of {len(outcome.scores)} pictures of {model} could not be judged; "
-                f"the intervals cover whatever they show ({failed[0]})"
-            )
+        for judge, scores in {"": outcome.scores, **outcome.judged}.items():
+            failed = [score.error for score in scores if score.error is not None]
+            if failed:
+                by = f" by {judge}" if judge else ""
+                lines.append(
+                    f"{len(failed)} of {len(scores)} pictures of {model} could not be judged{by}; "
+                    f"the intervals cover whatever they show ({failed[0]})"
+                )
     return lines
 
 
@@ -280,7 +317,12 @@ def _note(evaluation: Evaluation, names: Sequence[str]) -> str:
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
     rows = []
     for i, case in enumerate(evaluation.plan.cases):
-        models = {m: _score(outcome.scores[i]) for m, outcome in evaluation.outcomes().items()}
+        models = {}
+        for model, outcome in evaluation.outcomes().items():
+            models[model] = _score(outcome.scores[i])
+            judges = {name: _score(scores[i]) for name, scores in outcome.judged.items()}
+            if judges:
+                models[model]["judges"] = judges
         rows.append(_case(case) | models)
     return {"schema_version": SCHEMA_VERSION, "rows": rows}
 
@@ -291,6 +333,7 @@ def _case(case: Case) -> dict[str, Any]:
         "seed": case.seed,
         "group": case.group,
         "about": case.about,
+        **case.sampling.given(),
         "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in case.questions],
     }
 
@@ -301,6 +344,8 @@ def _score(score: Score) -> dict[str, Any]:
         # Most labels of most pictures are at zero, and would be most of the file.
         seen = {k: round(v, 4) for k, v in score.seen.items() if v >= _STORED_FROM}
     found: dict[str, Any] = {"picture": score.picture, "answers": score.answers, "scores": seen}
+    if isinstance(score.seen, Seen):
+        found["details"] = score.seen.details
     return found if score.error is None else found | {"error": score.error}
 
 
@@ -315,8 +360,10 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 def _shown(measured: Measurement) -> str:
     if measured.value is None or measured.low is None or measured.high is None:
         return "–"
-    interval = f"[{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
     unknown = f" ({measured.unknown} unknown)" if measured.unknown else ""
+    if measured.unit == "number":
+        return f"{measured.value:.4g} [{measured.low:.4g}, {measured.high:.4g}]{unknown}"
+    interval = f"[{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
     return f"{_percent(measured.value)} {interval}{unknown}"
 
 

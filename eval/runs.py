@@ -25,6 +25,7 @@ SAME = {
     "prompts_sha256": "prompts (concept, or --limit)",
     "detector": "judge",
     "judges": "second judges",
+    "protocols": "protocols of their metrics",
 }
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from expunge.results import wilson
+
 DRAWS = 2000
 LEVEL = 0.95
 Values = NDArray[np.float64]
@@ -59,6 +61,39 @@ def cluster_bootstrap(
             for _ in range(draws)
         ])  # fmt: skip
     return _interval(found)
+
+
+def clustered_wilson(
+    successes: Sequence[bool], clusters: Sequence[Hashable]
+) -> tuple[float, float]:
+    """Wilson's interval of a rate whose trials come in clusters, such as pictures of one prompt.
+
+    Clustered trials say as much as n / d independent ones, d = max(1, V_clusters / V) with
+    V = p (1 − p) / n and V_clusters = C / (C − 1) · Σ_c (s_c − p n_c)² / n² over C clusters of n_c
+    trials and s_c successes (Kish's design effect; the interval after Korn and Graubard 1998). A
+    bootstrap would say [0, 0] of a rate of 0; there, and at 1, and of one cluster, the number of
+    clusters takes the place of n / d. With a cluster for each trial this is Wilson's own interval.
+    """
+    x = np.asarray(successes, np.float64)
+    if not len(x):
+        return wilson(0, 0)
+    n, p = worth(x, clusters), float(x.mean())
+    return wilson(p * n, n)
+
+
+def worth(values: Values, clusters: Sequence[Hashable]) -> float:
+    """How many independent trials N clustered numbers are worth, N / d: see `clustered_wilson`."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    n, C = len(values), len(number)
+    spread = float(values.var())
+    if n == C:
+        return n
+    if spread == 0 or C == 1:
+        return C
+    member = [number[name] for name in clusters]
+    sums, sizes = np.bincount(member, values), np.bincount(member)
+    variance = C / (C - 1) * float(((sums - values.mean() * sizes) ** 2).sum()) / n**2
+    return n / max(1.0, variance / (spread / n))
 
 
 @dataclass(frozen=True)
@@ -108,6 +143,24 @@ def paired_bootstrap(
     return cluster_bootstrap(difference.tolist(), clusters, draws=draws, seed=seed)
 
 
+def paired_interval(
+    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable]
+) -> tuple[float, float]:
+    """The 95 % interval of the difference of two rates over the same N trials.
+
+    Δ̃ ± z √((p̃01 + p̃10 − Δ̃²) / (n + 2)), p̃ = (count + 1) / (n + 2), Δ̃ = p̃01 − p̃10 (Bonett and
+    Price 2012, doi:10.3102/1076998611411915): a bootstrap says [−1, −1] where all pairs disagree,
+    of four pairs too. Clustered pairs count as `worth` so many.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    n = worth(y - x, clusters)
+    won, lost = float(np.mean(y > x)) * n, float(np.mean(x > y)) * n
+    p01, p10 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+    half = z * float(np.sqrt((p01 + p10 - (p01 - p10) ** 2) / (n + 2)))
+    return max(-1.0, p01 - p10 - half), min(1.0, p01 - p10 + half)
+
+
 def sign_flip(
     a: Sequence[float],
     b: Sequence[float],
@@ -134,8 +187,8 @@ def compare_answers(
 ) -> Paired | None:
     """Two models' answers to the same questions; what one of them has unknown is left out.
 
-    The interval is of prompts drawn with replacement. McNemar's test takes pairs for independent;
-    where prompts repeat, the permutation test of whole prompts takes its place.
+    The interval is `paired_interval`. McNemar's test takes pairs for independent; where prompts
+    repeat, the permutation test of whole prompts takes its place.
 
     Returns:
         None without a pair.
@@ -145,7 +198,7 @@ def compare_answers(
         return None
     x, y, names = [[bool(a[i]) for i in kept], [bool(b[i]) for i in kept],
                    [clusters[i] for i in kept]]  # fmt: skip
-    low, high = paired_bootstrap(x, y, names)
+    low, high = paired_interval(x, y, names)
     alone = len(set(names)) == len(names)
     p = mcnemar(x, y) if alone else sign_flip(x, y, names)
     return Paired(float(np.mean(y) - np.mean(x)), low, high, p, len(kept))

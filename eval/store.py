@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from expunge.errors import UserError
+from expunge.eval.cases import AS_SUITE, Sampling
 from expunge.results import write_json_atomic
 
 Pixels = NDArray[np.uint8]
@@ -41,9 +42,16 @@ class ImageStore:
         self.root = root
         self.notes: list[str] = []
 
-    def key(self, identity: Mapping[str, Any], prompt: str, seed: int) -> str:
+    def key(
+        self,
+        identity: Mapping[str, Any],
+        prompt: str,
+        seed: int,
+        sampling: Sampling = AS_SUITE,
+    ) -> str:
         """The name of a picture."""
-        return content_hash({"identity": identity, "prompt": prompt, "seed": seed})
+        asked = {"prompt": prompt, "seed": seed, **sampling.given()}
+        return content_hash({"identity": identity, **asked})
 
     def path(self, key: str) -> Path:
         """Where a picture lies, or would."""

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeGuard
 
 from expunge.configuration import dump, load
 from expunge.errors import UserError, unknown_name
@@ -73,15 +73,23 @@ class Suite:
 
     def counters(self) -> dict[str, Counter]:
         """The metrics that count answers."""
-        return {n: m for n, m in self.metrics.items() if not hasattr(m, "open")}
+        return {n: m for n, m in self.metrics.items() if _counts(m)}
 
     def picture_metrics(self) -> dict[str, PictureMetric]:
         """The metrics that look at pictures."""
-        return {n: m for n, m in self.metrics.items() if hasattr(m, "open")}
+        return {n: m for n, m in self.metrics.items() if _looks(m)}
 
     def sha256(self) -> str:
         """The hash of everything that the suite's file decides."""
         return hashlib.sha256(dump(self).encode()).hexdigest()
+
+
+def _counts(metric: Metric) -> TypeGuard[Counter]:
+    return not hasattr(metric, "open")
+
+
+def _looks(metric: Metric) -> TypeGuard[PictureMetric]:
+    return hasattr(metric, "open")
 
 
 def load_suite(name: str) -> Suite:

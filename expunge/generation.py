@@ -32,6 +32,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one for each prompt and seed.
 
@@ -45,11 +46,13 @@ def generate(
         steps: Denoising steps.
         guidance_scale: s in ẽ = e0 + s (ep − e0).
         batch_size: Pictures at a time; default: 16, or as many as eight of SD 1.x have pixels.
+        size: (H, W); default: the model's own.
 
     Raises:
         FloatingPointError: A picture holds NaN.
     """
     at_once = batch_size or pictures_at_once(pipeline)
+    given = {} if size is None else {"height": size[0], "width": size[1]}
     parts = []
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
@@ -59,6 +62,7 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             output_type="pt",
+            **given,
         ).images
         parts.append(images.float().cpu() * 2 - 1)
     pictures = torch.cat(parts)

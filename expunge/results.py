@@ -142,11 +142,12 @@ def _check_output_dir(folder: Path, overwrite: bool, resume: bool) -> list[Path]
     return content
 
 
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval of a proportion; with no trials it is all of [0, 1].
 
     centre = (p + z²/2n) / (1 + z²/n), half = z √(p(1-p)/n + z²/4n²) / (1 + z²/n)
-    (E. B. Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953).
+    (E. B. Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953). Trials that are not
+    independent count as fewer, so that n need not be whole.
     """
     if n < 0 or not 0 <= successes <= n:
         raise ValueError(f"got {successes} successes in {n} trials; allowed: 0 <= successes <= n")

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ GROUPED = (
     "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 )  # fmt: skip
 OURS = "EXPUNGE_LAUNCHED"  # set in processes that `start` watches
+RESUME = "the same command with --resume true goes on from the newest checkpoint"
 GRACE = 10.0  # seconds between asking a process to end and killing it
 
 
@@ -37,7 +38,7 @@ def wanted() -> int:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y")
     # Of the environment that its launcher makes, the address is there only for several.
     several = {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
-    if not on_cpu or not several or any(k in os.environ for k in GROUPED):
+    if not on_cpu or not several or grouped():
         return 1
     import psutil
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
@@ -72,10 +73,20 @@ def wanted() -> int:
     return int(count or 1)
 
 
-def start(count: int) -> int:
-    """Run this very command `count` times as one group; the exit status of the whole.
+def grouped() -> bool:
+    """Whether this process is one of several already."""
+    return any(name in os.environ for name in GROUPED)
+
+
+def start(count: int, command: Sequence[str] = (), hint: str = RESUME) -> int:
+    """Run a command `count` times as one group; the exit status of the whole.
 
     When one process fails the others are stopped, and one line says which it was and how it ended.
+
+    Args:
+        count: How many processes.
+        command: What each runs; default: this very command.
+        hint: What that line says one can do.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,8 +98,8 @@ def start(count: int) -> int:
     try:
         for rank in range(count):
             environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, *sys.orig_argv[1:]]
-            processes.append(subprocess.Popen(command, env=environment))
+            own = command or [sys.executable, *sys.orig_argv[1:]]
+            processes.append(subprocess.Popen(own, env=environment))
         codes = [process.poll() for process in processes]
         while any(code is None for code in codes) and not any(codes):
             time.sleep(0.02)
@@ -106,7 +117,7 @@ def start(count: int) -> int:
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
     print(
         f"expunge: error: process {which + 1} of {count} was ended {how}, and the others with it; "
-        "the same command with --resume true goes on from the newest checkpoint",
+        f"{hint}",
         file=sys.stderr,
     )
     return 1

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from expunge.registry import Entry, Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
     from torch import Tensor
 
     from expunge.eval.cases import Case
@@ -32,8 +34,10 @@ class Counter(Protocol):
     higher_is_better: bool
     meaning: str
 
-    def compute(self, answers: "list[bool | None]") -> "Measurement":
-        """Count answers; None is a picture that could not be judged."""
+    def compute(
+        self, answers: "Sequence[bool | None]", clusters: "Sequence[Hashable] | None" = None
+    ) -> "Measurement":
+        """Count answers, each of a cluster (its prompt); None is a picture that was not judged."""
 
 
 @dataclass(frozen=True)

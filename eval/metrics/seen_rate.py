@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-from expunge.results import Measurement, wilson
+from expunge.eval.significance import clustered_wilson
+from expunge.results import Measurement
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,31 @@ class SeenRate:
         low  = lower end of wilson(s,     n + u)    no unknown picture shows it
         high = upper end of wilson(s + u, n + u)    every unknown picture shows it
 
-    which is Wilson's own interval for u = 0.
+    which is Wilson's own interval for u = 0. Where prompts repeat, pictures of one prompt are no
+    independent trials, and the interval is `significance.clustered_wilson`.
     """
 
     higher_is_better: bool = field(metadata={"help": "the direction of the good"})
     meaning: str = field(metadata={"help": "what the metric says, for reports"})
 
-    def compute(self, answers: Iterable[bool | None]) -> Measurement:
-        """Count answers; None is a picture that could not be judged."""
-        given = list(answers)
-        seen = sum(answer is True for answer in given)
-        unknown = sum(answer is None for answer in given)
-        n = len(given) - unknown
+    def compute(
+        self, answers: Sequence[bool | None], clusters: Sequence[Hashable] | None = None
+    ) -> Measurement:
+        """Count answers; None is a picture that could not be judged.
+
+        Args:
+            answers: One for each picture.
+            clusters: The prompt of each; default: all differ.
+        """
+        seen = sum(answer is True for answer in answers)
+        unknown = sum(answer is None for answer in answers)
+        n = len(answers) - unknown
         plain = Measurement.proportion(
             seen, n, higher_is_better=self.higher_is_better, unknown=unknown
         )
-        if not unknown or not n:
+        if not n:
             return plain
-        low, high = wilson(seen, n + unknown)[0], wilson(seen + unknown, n + unknown)[1]
+        names = range(len(answers)) if clusters is None else clusters
+        low, _ = clustered_wilson([answer is True for answer in answers], names)
+        _, high = clustered_wilson([answer is not False for answer in answers], names)
         return replace(plain, low=low, high=high)

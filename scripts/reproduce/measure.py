@@ -20,7 +20,7 @@ from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.command import EvalConfig, run
 from expunge.eval.detectors.emoji_judge import load_judge
-from expunge.eval.harness import to_tensor
+from expunge.eval.production import to_tensor
 from expunge.eval.store import ImageStore
 from expunge.generation import generate
 from expunge.sampling.samplers import SAMPLERS

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expunge import adapters, backbones
-from expunge.eval.cases import Observation, Plan
+from expunge.eval.cases import AS_SUITE, Observation, Plan, Sampling
 from expunge.eval.detectors.emoji_judge import EmojiJudge
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.eval.suite import Suite, load_suite
@@ -41,6 +41,7 @@ class Painter:
         self.forgotten = set(forgotten)
         self.made: list[tuple[str, int]] = []
         self.interrupt_after: int | None = None
+        self.at_once = 16
 
     def identity(self) -> dict[str, Any]:
         return {"painter": 1, "forgotten": sorted(self.forgotten)}
@@ -54,7 +55,12 @@ class Painter:
                 found.append(i)
         return found
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def shape(self, sampling: Sampling) -> int:
+        return self.at_once
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling = AS_SUITE
+    ) -> Tensor:
         images = torch.full((len(prompts), 3, 4 * SIDE, 4 * SIDE), -1.0)
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             if self.interrupt_after is not None and len(self.made) >= self.interrupt_after:
@@ -71,21 +77,24 @@ class Painter:
 class Reader:
     """Reads the painter's blocks: score (brightness + 1) / 2 of each label's block."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, blind_to: Sequence[str] = ()) -> None:
+        self.blind_to = list(blind_to)
         self._order = labels_of(vocabulary)
         self.labels = frozenset(self._order)
         self.fails_on: Callable[[Observation], bool] | None = None
         self.batches: list[int] = []
 
     def protocol(self) -> dict[str, Any]:
-        return {"detector": "reader", "weights": "none"}
+        return {"detector": "reader", "weights": "none", "blind to": self.blind_to}
 
     def observe(self, images: Tensor) -> list[Observation]:
         self.batches.append(len(images))
         blocks = images.mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4)).flatten(1)
         scores = ((blocks + 1) / 2).tolist()
         found: list[Observation] = [
-            dict(zip(self._order, row[: len(self._order)], strict=True)) for row in scores
+            dict(zip(self._order, row[: len(self._order)], strict=True))
+            | dict.fromkeys(self.blind_to, 0.0)
+            for row in scores
         ]
         if self.fails_on is not None and any(self.fails_on(seen) for seen in found):
             raise RuntimeError("this picture breaks the detector")

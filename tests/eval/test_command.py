@@ -100,7 +100,8 @@ def test_a_lora_beside_its_base(
     (adapter,) = found["generators"]["erased"]["adapters"]
     assert adapter["scale"] == 1.0
     assert found["generators"]["base"]["adapters"] == []
-    assert found["provenance"]["generated"] == {"erased": 10, "base": 10}
+    cost = json.loads((out / "cost.json").read_text())
+    assert cost["generated"] == {"erased": 10, "base": 10}
     rows = json.loads((out / "scores.json").read_text())["rows"]
     assert len(rows) == 10
     for row in rows:

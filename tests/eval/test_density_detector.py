@@ -10,7 +10,7 @@ import torch
 from expunge.cli import main
 from expunge.densities.from_callable import FromCallable
 from expunge.eval.detectors.density import DensityDetector
-from expunge.eval.harness import observe
+from expunge.eval.judging import observe
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:
@@ -40,9 +40,9 @@ def test_a_label_is_seen_where_its_own_threshold_is_reached() -> None:
 def test_a_density_that_is_nan_leaves_the_answer_unknown() -> None:
     settings = {"function": f"{__name__}:nothing", "names": ["red"]}
     detector = DensityDetector(FromCallable(**settings)).open()  # type: ignore[arg-type]
-    ((seen, error),) = observe([np.zeros((8, 8, 3), np.uint8)], detector)
-    assert seen is None
-    assert "NaN" in str(error)
+    (look,) = observe([np.zeros((8, 8, 3), np.uint8)], detector)
+    assert look.seen is None
+    assert "NaN" in str(look.error)
 
 
 def test_prompts_of_a_file_judged_by_a_density(tiny_model: Path, tmp_path: Path) -> None:

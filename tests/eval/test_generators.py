@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from expunge import backbones
+from expunge.eval.cases import Sampling
 from expunge.eval.generators import PipelineGenerator, component_hashes
 from expunge.sampling.load import load_erased
 
@@ -26,8 +27,39 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(pipeline: Any) -> None:
     assert together.shape == (4, 3, 32, 32)
     for i in range(4):
         alone = model.generate([PROMPTS[i]], [SEEDS[i]])
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+        assert torch.equal(together[i : i + 1], alone)
     assert (together[0] - together[3]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("sampler", ["plain", "safe"])
+def test_a_picture_is_the_same_to_the_bit_among_other_neighbours(
+    pipeline: Any, sampler: str
+) -> None:
+    model = generator(pipeline, sampler=sampler)
+    many = [PROMPTS[i % 4] for i in range(11)], list(range(11))
+    forth = model.generate(*many)
+    back = model.generate(many[0][::-1], many[1][::-1]).flip(0)
+    assert torch.equal(forth, back)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert torch.equal(model.generate(*many), forth)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_a_prompt_may_ask_for_its_own_guidance_and_size(pipeline: Any) -> None:
+    model = generator(pipeline)
+    plain = model.generate(PROMPTS, SEEDS)
+    assert torch.equal(model.generate(PROMPTS, SEEDS, Sampling(guidance_scale=4.0)), plain)
+    assert not torch.equal(model.generate(PROMPTS, SEEDS, Sampling(guidance_scale=1.5)), plain)
+    assert model.generate(PROMPTS, SEEDS, Sampling(height=48)).shape == (4, 3, 48, 32)
+
+
+def test_batches_of_large_pictures_are_small(pipeline: Any) -> None:
+    model = generator(pipeline)
+    shapes = [model.shape(Sampling(height=side, width=side)) for side in (64, 512, 1024)]
+    assert shapes == [8, 2, 1]
+    assert generator(pipeline, sampler="safe").shape(Sampling()) == 1
 
 
 def test_the_identity_is_that_of_the_files(pipeline: Any, tiny_model: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from expunge.eval.cases import Case, Observation, Plan, Question
-from expunge.eval.harness import Outcome, evaluate, produce, to_pixels, to_tensor
+from expunge.eval.harness import Outcome, Panel, evaluate
+from expunge.eval.production import produce, to_pixels, to_tensor
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 
@@ -20,9 +21,10 @@ def store(tmp_path: Path) -> ImageStore:
 def run(
     suite: Suite, plan: Plan, generator: Any, detector: Any, store: ImageStore, batch_size: int = 16
 ) -> Outcome:
-    return evaluate(
-        generator, plan.cases, suite.metrics, detector, 0.5, store, batch_size=batch_size
-    )
+    generator.at_once = batch_size
+    found = evaluate(generator, plan.cases, suite.counters(), Panel(detector, 0.5, {}), store)
+    assert found is not None
+    return found
 
 
 def test_rates_are_those_that_the_model_was_made_with(
@@ -126,7 +128,7 @@ def test_a_detector_that_fails_is_unknown_and_never_safe(
 ) -> None:
     sound = run(suite, plan, painter(), reader, store)
     reader.fails_on = lambda seen: seen["object/bomb"] > 0.5 and seen["background/pink"] > 0.5
-    found = run(suite, plan, painter(), reader, store)
+    found = run(suite, plan, painter(), reader, ImageStore(store.root / "again"))
     broken = [i for i, score in enumerate(found.scores) if score.seen is None]
     assert 0 < len(broken) < len(plan.cases)
     for i, (case, score) in enumerate(zip(plan.cases, found.scores, strict=True)):
@@ -155,7 +157,7 @@ class Odd:
         return {}
 
     def observe(self, images: torch.Tensor) -> list[Observation]:
-        return self._answer
+        return self._answer * len(images)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,8 @@ def test_an_answer_that_makes_no_sense_is_unknown(
     suite: Suite, painter: Any, store: ImageStore, answer: list[Observation]
 ) -> None:
     case = Case("a bomb", 1, "target", "bomb", (Question("target_seen", ("object/bomb",)),))
-    found = evaluate(painter(), [case], suite.metrics, Odd(answer), 0.5, store)
+    found = evaluate(painter(), [case], suite.counters(), Panel(Odd(answer), 0.5, {}), store)
+    assert found is not None
     assert found.metrics["target_seen"].unknown == 1
     assert found.metrics["target_seen"].value is None
     assert found.scores[0].error
@@ -178,10 +181,10 @@ def test_questions_that_nobody_can_answer_are_refused(
 ) -> None:
     case = Case("x", 1, "target", "x", (Question("target_seen", ("object/x",)),))
     with pytest.raises(ValueError, match="asks for object/x"):
-        evaluate(painter(), [case], suite.metrics, reader, 0.5, store)
+        evaluate(painter(), [case], suite.counters(), Panel(reader, 0.5, {}), store)
     case = Case("x", 1, "target", "x", (Question("nothing", ("object/bomb",)),))
     with pytest.raises(ValueError, match="no metric nothing"):
-        evaluate(painter(), [case], suite.metrics, reader, 0.5, store)
+        evaluate(painter(), [case], suite.counters(), Panel(reader, 0.5, {}), store)
 
 
 def test_a_question_needs_any_or_all_of_its_labels() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from expunge.eval.cases import Plan
-from expunge.eval.harness import evaluate
+from expunge.eval.harness import Panel, evaluate
 from expunge.eval.report import COLUMNS, Evaluation, _chosen, markdown, to_dict, write_report
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
@@ -15,7 +15,7 @@ from expunge.results import wilson
 def evaluation(suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path) -> Evaluation:
     store = ImageStore(tmp_path / "images")
     base, erased = (
-        evaluate(model, plan.cases, suite.metrics, reader, 0.5, store)
+        evaluate(model, plan.cases, suite.counters(), Panel(reader, 0.5, {}), store)
         for model in (painter(), painter("object/bomb", "object/dagger"))
     )
     return Evaluation(suite, plan, False, "painter", "erased", erased, base, reader.protocol())
@@ -50,15 +50,15 @@ def test_failures_of_the_detector_are_told(
     evaluation: Evaluation, suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path
 ) -> None:
     reader.fails_on = lambda seen: seen["style/ink"] > 0.5
-    store = ImageStore(tmp_path / "images")
-    outcome = evaluate(painter("object/bomb"), plan.cases, suite.metrics, reader, 0.5, store)
+    store, panel = ImageStore(tmp_path / "again"), Panel(reader, 0.5, {})
+    outcome = evaluate(painter("object/bomb"), plan.cases, suite.counters(), panel, store)
     failed = sum(score.seen is None for score in outcome.scores)
     assert failed
     found = Evaluation(suite, plan, False, "x", "erased", outcome, evaluation.base, {})
     text = markdown(found)
     assert f"{failed} of {len(plan.cases)} pictures of erased could not be judged" in text
     assert "this picture breaks the detector" in text
-    written = write_report(found, store, tmp_path, {"seconds": 1})
+    written = write_report(found, store, tmp_path)
     assert written["metrics"]["kept_style"]["unknown"] > 0
     assert (tmp_path / "grid.png").is_file()
 

@@ -1,0 +1,61 @@
+"""Several processes that share the work of one evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among those that evaluate the same thing.
+
+    Work is dealt by its place in the list of all work, done or not, so that processes that start
+    at different moments never take the same piece and never leave one.
+
+    Attributes:
+        rank: This one's number.
+        size: How many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> Team:
+        """The team that `--processes` or `accelerate launch` started, else this process alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not _cuda())
+        return cls(state.process_index, state.num_processes)
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """This one's part."""
+        return list(work[self.rank :: self.size])
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one writes what there is one of."""
+        return self.rank == 0
+
+
+ALONE = Team()
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

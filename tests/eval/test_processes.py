@@ -1,0 +1,113 @@
+"""Several processes, and processes that are killed: the same report, no picture made twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT = 3
+
+
+@pytest.fixture
+def command(suite_file: Path, tiny_model: Path, tiny_lora: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "expunge.cli", "eval", "--suite", str(suite_file), "--model",
+        str(tiny_model), "--lora", str(tiny_lora), "--limit", str(LIMIT),
+    ]  # fmt: skip
+
+
+def stable(folder: Path) -> bytes:
+    """report.json but for who made it and when, as it stands in the file."""
+    report = json.loads((folder / "report.json").read_text())
+    del report["provenance"]
+    return json.dumps(report).encode() + (folder / "scores.json").read_bytes()
+
+
+def pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every picture's file and when it was written; a picture made twice is another file."""
+    return {
+        file.name: (file.stat().st_ino, file.stat().st_mtime_ns)
+        for file in folder.glob("images/??/*.png")
+    }
+
+
+def run(command: list[str], folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    whole = [*command, "--output_dir", str(folder), *words]
+    return subprocess.run(whole, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_say_the_same(command: list[str], tmp_path: Path) -> None:
+    alone = run(command, tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    both = run(command, tmp_path / "two", "--processes", "2")
+    assert both.returncode == 0, both.stderr
+    assert stable(tmp_path / "one") == stable(tmp_path / "two")
+    cost = json.loads((tmp_path / "two" / "cost.json").read_text())
+    made = len(pictures(tmp_path / "two"))
+    assert cost["processes"] == 2
+    # The first of two makes its half of each model's pictures.
+    assert sum(cost["generated"].values()) == pytest.approx(made / 2, abs=2)
+    assert len(list((tmp_path / "two" / "images" / "scores").glob("*/*.jsonl"))) == 2
+    assert both.stdout.count("target_seen") == alone.stdout.count("target_seen") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_it_goes_on_to_the_same_report(
+    command: list[str], tmp_path: Path, processes: int
+) -> None:
+    """`scripts/bench/kill_eval.py` does it twenty times on the bundled model."""
+    assert run(command, tmp_path / "whole").returncode == 0
+    draw, known = random.Random(processes), {}
+    folder, kills = tmp_path / "killed", 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*command, "--output_dir", str(folder), "--processes", str(processes)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        after = len(known) + draw.randrange(1, 5)
+        while process.poll() is None and len(pictures(folder)) < after:
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        now = pictures(folder)
+        assert {name: now.get(name) for name in known} == known
+        known = now
+    assert kills
+    last = run(command, folder, "--processes", str(processes))
+    assert last.returncode == 0, last.stderr
+    now: dict[str, Any] = pictures(folder)
+    assert {name: now.get(name) for name in known} == known
+    assert set(now) == set(pictures(tmp_path / "whole"))
+    assert stable(folder) == stable(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_is_one_line(command: list[str], tmp_path: Path) -> None:
+    import psutil
+
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "r"), "--processes", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(pictures(tmp_path / "r")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    children = [c for c in psutil.Process(process.pid).children() if c.is_running()]
+    os.kill(children[-1].pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    said = [line for line in errors.splitlines() if line.startswith("expunge:")]
+    assert len(said) == 1, errors
+    assert "SIGKILL" in said[0]
+    assert "goes on where it was" in said[0]
+    assert "Traceback" not in errors

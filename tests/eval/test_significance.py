@@ -1,0 +1,168 @@
+"""Intervals and tests against scipy, statsmodels, closed forms and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from expunge.eval.significance import (
+    cluster_bootstrap,
+    clustered_wilson,
+    compare_answers,
+    compare_values,
+    holm,
+    mcnemar,
+    over_seeds,
+    paired_interval,
+    pareto,
+    sign_flip,
+    worth,
+)
+from expunge.results import wilson
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 50), (1, 50), (16, 50), (50, 50), (0, 142), (108, 142)])
+def test_wilson_is_that_of_statsmodels(k: int, n: int) -> None:
+    assert wilson(k, n) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-12)
+
+
+@pytest.mark.parametrize(("won", "lost", "same"), [(0, 0, 5), (3, 10, 20), (7, 7, 0), (0, 12, 1)])
+def test_mcnemar_is_that_of_statsmodels(won: int, lost: int, same: int) -> None:
+    a = [False] * won + [True] * lost + [True] * same
+    b = [True] * won + [False] * lost + [True] * same
+    if won + lost:
+        table = [[same, lost], [won, 0]]
+        assert mcnemar(a, b) == pytest.approx(reference_mcnemar(table, exact=True).pvalue)
+    else:
+        assert mcnemar(a, b) == 1.0
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": 0.9}
+    wanted = multipletests(list(p.values()), method="holm")[1]
+    assert list(holm(p).values()) == pytest.approx(list(wanted))
+    assert list(holm(p)) == list(p)
+    assert holm({}) == {}
+
+
+def test_a_mean_drawn_by_clusters_agrees_with_drawing_them_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    x, names = rng.normal(size=40).tolist(), [i // 4 for i in range(40)]
+    fast = cluster_bootstrap(x, names, draws=4000)
+    slow = cluster_bootstrap(x, names, lambda v: float(v.mean()), draws=4000, seed=1)
+    assert fast == pytest.approx(slow, abs=0.03)
+    assert cluster_bootstrap(x, names) == cluster_bootstrap(x, names)
+
+
+def test_clusters_of_one_give_the_usual_interval_of_a_mean() -> None:
+    x = np.random.default_rng(1).normal(2, 3, 400)
+    low, high = cluster_bootstrap(x.tolist(), range(400))
+    half = 1.96 * x.std() / 20
+    assert (low, high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.05)
+
+
+def coverage(interval, clustered: bool) -> float:
+    """How often a 95 % interval holds the true rate, 0.3, of 30 prompts of 10 pictures each."""
+    rng, hits = np.random.default_rng(2), 0
+    names = np.repeat(np.arange(30), 10)
+    for _ in range(400):
+        p = rng.beta(0.6, 1.4, 30) if clustered else np.full(30, 0.3)
+        low, high = interval((rng.random(300) < np.repeat(p, 10)).tolist(), names.tolist())
+        hits += low <= 0.3 <= high
+    return hits / 400
+
+
+def test_pictures_of_one_prompt_are_no_independent_trials() -> None:
+    naive = coverage(lambda x, _: wilson(sum(x), len(x)), clustered=True)
+    assert naive < 0.75
+    assert coverage(clustered_wilson, clustered=True) > 0.91
+    assert coverage(clustered_wilson, clustered=False) > 0.93
+
+
+def test_a_clustered_rate_of_zero_says_as_much_as_its_prompts() -> None:
+    names = [i // 10 for i in range(100)]
+    assert clustered_wilson([False] * 100, names) == wilson(0, 10)
+    assert clustered_wilson([True] * 100, names) == wilson(10, 10)
+    assert clustered_wilson([True, False, False], "abc") == wilson(1, 3)
+    assert clustered_wilson([], []) == (0.0, 1.0)
+    assert clustered_wilson([True, False], "aa") == wilson(0.5, 1)
+    # Prompts that all behave alike say as much as all their pictures.
+    assert worth(np.tile([1.0, 0.0], 50), np.repeat(np.arange(50), 2).tolist()) == 100
+
+
+def test_the_interval_of_a_paired_difference_holds_it() -> None:
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(500):
+        a = rng.random(40) < 0.9
+        b = np.where(rng.random(40) < 0.25, False, a)
+        low, high = paired_interval(a.tolist(), b.tolist(), range(40))
+        hits += low <= -0.9 * 0.25 <= high
+    assert hits / 500 > 0.92
+    low, high = paired_interval([True] * 4, [False] * 4, range(4))
+    assert low == -1.0
+    assert high > -0.6
+
+
+def test_sign_flips_agree_with_all_of_them() -> None:
+    a, b = np.zeros(8), np.array([1.0, 2, -0.5, 3, 1, 0.2, -0.1, 2])
+    every = [abs(np.dot(s, b)) for s in itertools.product((-1, 1), repeat=8)]
+    exact = np.mean([x >= abs(b.sum()) - 1e-12 for x in every])
+    assert sign_flip(a, b, range(8), draws=40_000) == pytest.approx(exact, abs=0.005)
+    assert sign_flip(a, a, range(8)) == 1.0
+    reference = stats.wilcoxon(b).pvalue
+    assert abs(sign_flip(a, b, range(8)) - reference) < 0.06
+
+
+def test_answers_are_compared_where_both_are_known() -> None:
+    a = [True, True, None, False, True, True]
+    b = [False, False, True, None, True, False]
+    found = compare_answers(a, b, "abcdef")
+    assert found is not None
+    assert (found.n, found.difference, found.p) == (4, -0.75, 0.25)
+    assert found.low < -0.75 < found.high
+    assert compare_answers([None], [True], "a") is None
+    repeated = compare_answers([True] * 12, [False] * 12, "aaaabbbbcccc")
+    assert repeated is not None
+    # Three prompts that all changed: two of eight sign patterns are as far.
+    assert repeated.p == pytest.approx(0.25, abs=0.02)
+
+
+def test_values_are_compared_in_pairs() -> None:
+    rng = np.random.default_rng(4)
+    a = rng.normal(size=60)
+    found = compare_values(a.tolist(), (a + 0.5).tolist(), range(60))
+    assert found is not None
+    assert (found.difference, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert found.p < 1e-3
+    nothing = compare_values([1.0, None], [None, 2.0], "ab")
+    assert nothing is None
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = {
+        "a": (0.0, 0.9),
+        "b": (0.1, 0.99),
+        "c": (0.1, 0.95),
+        "d": (0.5, 1.0),
+        "a2": (0.0, 0.9),
+    }
+    assert pareto(points, [False, True]) == ["a", "b", "d", "a2"]
+    assert pareto(points, [True, True]) == ["d"]
+
+
+def test_training_seeds_are_draws_of_their_own() -> None:
+    mean, low, high = over_seeds([0.90, 0.94, 0.98])
+    assert mean == pytest.approx(0.94)
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, 0.94, 0.04 / np.sqrt(3)))
+    with pytest.raises(ValueError, match="two or more"):
+        over_seeds([0.9])
+
+
+@pytest.mark.parametrize("bad", [([], []), ([1.0], [])])
+def test_nothing_has_no_interval(bad) -> None:
+    with pytest.raises(ValueError, match="clusters"):
+        cluster_bootstrap(*bad)
