@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Run:
     @property
     def label(self) -> str:
         """What the evaluated model is called in the files."""
-        return next(name for name in self.report["generators"] if name != BASE)
+        return next(str(name) for name in self.report["generators"] if name != BASE)
 
     def store(self) -> ImageStore:
         """Its pictures."""
@@ -67,7 +67,7 @@ class Run:
         return [(row, answers) for row, answers in found if metric in answers]
 
 
-def answers_of(scored: dict[str, Any]) -> dict[str, bool | None]:
+def answers_of(scored: Mapping[str, Any]) -> dict[str, bool | None]:
     """What all judges say of one picture: metric -> answer, `metric@judge` for a second one."""
     found = dict(scored["answers"])
     for judge, theirs in scored.get("judges", {}).items():

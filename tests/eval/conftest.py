@@ -223,7 +223,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("evaluations")
     shipped = Path(str(expunge.eval.suites.__path__[0])) / "emoji.yaml"
-    quick = yaml.safe_load(shipped.read_text()) | {"steps": 8}
+    quick = yaml.safe_load(shipped.read_text()) | {"steps": 5}
     (root / "quick.yaml").write_text(yaml.safe_dump(quick, sort_keys=False))
     common = ["--suite", str(root / "quick.yaml"), "--concept", "bomb", "--limit", "2"]
     for name, sampler in (("a", "negative_prompt"), ("b", "safree")):
