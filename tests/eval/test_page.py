@@ -288,6 +288,7 @@ def test_a_case_opens_and_tells_all(visit: Any, evaluations: Path) -> None:
     count = hidden.count()
     assert count == page.locator(".case").first.locator(".picture.blurred").count() >= 1
     hidden.first.click()
+    assert hidden.count() == count - 1
     assert page.locator(".case").first.locator(".picture.blurred").count() == count - 1
     page.keyboard.press("ArrowRight")
     assert dialog.locator("h2").inner_text() == read_run(evaluations / "a").rows[1]["prompt"]
