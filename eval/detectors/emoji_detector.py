@@ -50,6 +50,7 @@ class OpenEmojiDetector:
         self.labels = frozenset(self._objects + self._styles + self._backgrounds)
         self._protocol = {
             "detector": "emoji_judge",
+            "name": "emoji_judge",
             "weights": sha256_file(folder / "judge.safetensors"),
             "names": sha256_file(folder / "judge.json"),
             "threshold": threshold,
