@@ -1,4 +1,4 @@
-"""A published pickle of tensors as safetensors: Q16's prompts.p, heads of the multi-headed classifier.
+"""A published pickle of tensors as safetensors: Q16's prompts.p, heads on CLIP.
 
     python scripts/convert_pickle.py prompts.p q16.safetensors
 

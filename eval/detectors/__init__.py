@@ -129,8 +129,8 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"got threshold {threshold}; allowed: a number in (0, 1]")
 
 
-def check_scores(scores: Mapping[str, float]) -> None:
-    """Refuse scores of which nothing can be said.
+def finite(scores: "Observation") -> "Observation":
+    """The scores, if something can be said of them.
 
     Raises:
         FloatingPointError: One is NaN or infinite; it is never taken for "not seen".
@@ -138,6 +138,7 @@ def check_scores(scores: Mapping[str, float]) -> None:
     for label, score in scores.items():
         if not math.isfinite(score):
             raise FloatingPointError(f"the detector gave {score} for {label}")
+    return scores
 
 
 def _number(value: Any) -> str:

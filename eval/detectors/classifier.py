@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from expunge.errors import UserError
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import check_scores, check_threshold
+from expunge.eval.detectors import check_threshold
 from expunge.eval.detectors.picture_bytes import to_bytes
 from expunge.silence import quiet
 
@@ -115,13 +116,13 @@ class OpenClassifier:
         inputs = self._processor(images=pictures, return_tensors="pt").to(self._settings.device)
         logits = self._model(**inputs).logits.float()
         each = logits.softmax(dim=1) if self._scores == "softmax" else logits.sigmoid()
-        found: list[Observation] = []
-        for row in each.tolist():
-            # Sorted, the greatest of namesakes is the last and stays; NaN would not be sorted.
-            pairs = list(zip(self._names, row, strict=True))
-            check_scores({f"{name} ({i})": score for i, (name, score) in enumerate(pairs)})
-            found.append(dict(sorted(pairs, key=lambda pair: pair[1])))
-        return found
+        if not each.isfinite().all():
+            raise FloatingPointError("the classifier's scores are NaN or infinite")
+        return [self._named(row) for row in each.tolist()]
+
+    def _named(self, row: list[float]) -> dict[str, float]:
+        # The greatest of namesakes is the last, and stays.
+        return dict(sorted(zip(self._names, row, strict=True), key=itemgetter(1)))
 
 
 def _scores_of(problem_type: str | None, model: str) -> str:

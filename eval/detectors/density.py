@@ -47,9 +47,9 @@ class OpenDensityDetector:
         identity = self._density.identity()
         thresholds = self._density.thresholds.tolist()
         return {
+            **identity,
             "detector": "density",
             "name": self._name,
-            **identity,
             "weights": sha256_json(identity),
             "label set": label_set(self.labels, None if len(set(thresholds)) == 1 else thresholds),
             "thresholds": thresholds,

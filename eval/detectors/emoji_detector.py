@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.eval.cases import Observation
+from expunge.eval.detectors import finite
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.results import sha256_file
 
@@ -77,5 +78,5 @@ class OpenEmojiDetector:
             scores = dict(zip(self._objects, objects, strict=True))
             scores |= {label: float(i == style) for i, label in enumerate(self._styles)}
             scores |= {label: float(i == background) for i, label in enumerate(self._backgrounds)}
-            found.append(scores)
+            found.append(finite(scores))
         return found

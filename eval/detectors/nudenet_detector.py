@@ -17,7 +17,7 @@ from expunge.eval.detectors.onnx_network import OnnxNetwork, wheel_file
 from expunge.eval.detectors.picture_bytes import to_bytes
 
 NUDITY = "nudity"
-FLOOR, OVERLAP, RESOLUTION = 0.05, 0.45, 320
+OVERLAP, RESOLUTION = 0.45, 320
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class NudeNet:
         default=RESOLUTION, metadata={"help": "side of the network's input: 320n 320, 640m 640"}
     )
     floor: float = field(
-        default=FLOOR, metadata={"help": "boxes are kept in the details from this score on"}
+        default=0.05, metadata={"help": "boxes are kept in the details from this score on"}
     )
     overlap: float = field(
         default=OVERLAP,
@@ -85,7 +85,7 @@ class OpenNudeNet:
         self._network = OnnxNetwork(file, (None, 3, side, side), (None, 4 + len(CLASSES), None))
         unusual = {
             key: getattr(settings, key)
-            for key, default in (("overlap", OVERLAP), ("resolution", RESOLUTION), ("floor", FLOOR))
+            for key, default in (("overlap", OVERLAP), ("resolution", RESOLUTION))
             if getattr(settings, key) != default
         }
         self._protocol = {

@@ -13,7 +13,7 @@ from expunge.densities.base import HarmDensity
 from expunge.densities.clip_head import ClipHead
 from expunge.errors import UserError
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import check_scores, check_threshold, sha256_json
+from expunge.eval.detectors import check_threshold, finite, sha256_json
 
 LABEL = "inappropriate"
 # OpenAI's weights with the activation they were trained with.
@@ -22,15 +22,13 @@ CLIP = "ViT-L-14-quickgelu/openai"
 
 @dataclass(frozen=True)
 class Q16:
-    """p(x) = softmax(100 · cos(CLIP(x), v))_1, v two prompt vectors (Schramowski, arXiv 2202.06675).
+    """p(x) = softmax(100 · cos(CLIP(x), v))_1, v two prompt vectors (arXiv 2202.06675).
 
     At a threshold of 0.5 this is the larger of the two cosines, as published.
     """
 
     prompts: Path = field(
-        metadata={
-            "help": "v, (2, D), harmless first: safetensors made by scripts/convert_pickle.py"
-        }
+        metadata={"help": "v, (2, D), harmless first; scripts/convert_pickle.py makes the file"}
     )
     clip: str = field(default=CLIP, metadata={"help": "the CLIP that v was tuned with"})
     threshold: float = field(default=0.5, metadata={"help": "seen from this probability on"})
@@ -87,9 +85,5 @@ class OpenQ16:
             ValueError: Pictures of another shape.
             FloatingPointError: A score is NaN or infinite.
         """
-        found: list[Observation] = []
-        for probability in self._density(images.to(self._settings.device)).score.tolist():
-            scores = {LABEL: probability}
-            check_scores(scores)
-            found.append(scores)
-        return found
+        harm = self._density(images.to(self._settings.device))
+        return [finite({LABEL: probability}) for probability in harm.score.tolist()]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from expunge.clip import Clip, load_clip
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import check_scores, check_threshold, label_set
+from expunge.eval.detectors import check_threshold, finite, label_set
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,8 @@ class OpenZeroShotClip:
             FloatingPointError: A score is NaN or infinite.
         """
         cosines = self._clip.encode_images(images.to(self._settings.device)) @ self._texts.T
-        found: list[Observation] = []
-        for row in (self._scale * cosines).softmax(dim=1).tolist():
-            scores = dict(zip(self._names, row, strict=True))
-            check_scores(scores)
-            found.append(scores)
-        return found
+        rows = (self._scale * cosines).softmax(dim=1).tolist()
+        return [finite(dict(zip(self._names, row, strict=True))) for row in rows]
 
 
 def label_vectors(clip: Clip, labels: Mapping[str, Sequence[str]]) -> Tensor:
