@@ -31,6 +31,10 @@ def brightness(images: Tensor) -> Tensor:
     return torch.stack([images[:, 0], images.mean(1)], 1).mean((2, 3)) / 2 + 0.5
 
 
+def darkness(images: Tensor) -> Tensor:
+    return 1 - brightness(images)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads, vectors and a classifier, all with random weights."""
@@ -68,6 +72,7 @@ def rows(
                 "density": {**density, "threshold": 0.7},
                 "density ": {**density, "threshold": [0.5, 0.7]},
                 "density  ": {**density, "threshold": [0.7, 0.5]},
+                "density   ": {**density, "function": "own_density:darkness"},
             },
         ),
         "nudenet": (

@@ -144,12 +144,13 @@ def test_boxes_are_cut_at_the_border_and_dropped_beyond_it() -> None:
 
 
 def test_an_anchor_speaks_for_its_best_class_from_the_floor_on() -> None:
-    row = torch.tensor([[50.0, 50], [50, 50], [20, 20], [20, 20]])
-    scores = torch.zeros(len(CLASSES), 2)
+    row = torch.tensor([[50.0] * 3, [50] * 3, [20] * 3, [20] * 3])
+    scores = torch.zeros(len(CLASSES), 3)
     scores[2, 0], scores[7, 0] = 0.5, 0.6
     scores[2, 1] = 0.49
+    scores[4, 2] = 0.5
     boxes = decode(torch.cat([row, scores]), 320, 320, 320, 0.5)
-    assert boxes.classes.tolist() == [7]
+    assert boxes.classes.tolist() == [7, 4]
 
 
 def test_of_boxes_that_overlap_the_best_stays() -> None:

