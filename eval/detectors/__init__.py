@@ -142,4 +142,5 @@ def finite(scores: "Observation") -> "Observation":
 
 
 def _number(value: Any) -> str:
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    # Seven digits are what a float32 keeps of what was asked for.
+    return f"{value:.7g}" if isinstance(value, float) else str(value)

@@ -196,6 +196,22 @@ def test_the_id_of_nudenet() -> None:
     )
 
 
+def test_the_id_of_a_density_shows_its_threshold(opened: Any) -> None:
+    density = {"type": "callable", "function": "own_density:brightness", "names": ["red", "light"]}
+    _, detector = opened("density", density={**density, "threshold": 0.23})
+    assert protocol_id(detector.protocol()).startswith("callable@")
+    assert protocol_id(detector.protocol()).endswith(":light+red>=0.23"), "not 0.23000000417"
+
+
+def test_the_safety_checker_is_a_density(opened: Any) -> None:
+    """The bundled filter has the layout of Stable Diffusion's: a threshold for each concept."""
+    _, detector = opened("density", density={"type": "sd_filter"})
+    found = detector.observe(pictures(64, 64))
+    assert len(detector.labels) > 1
+    assert all(set(seen) == detector.labels and set(seen.values()) <= {0, 1} for seen in found)
+    assert ">=own" in protocol_id(detector.protocol())
+
+
 def test_many_labels_are_a_number_and_a_hash() -> None:
     many = [f"label number {i}" for i in range(20)]
     assert label_set(many).startswith("20 labels~")
