@@ -46,9 +46,9 @@ class AestheticHead(nn.Module):
 class Aesthetic(PictureSettings):
     """Mean of LAION's linear-MSE head on the unit vectors of OpenAI's ViT-L/14.
 
-    It was fitted to people's ratings of 1 to 10 (SAC, logos, AVA) and knows no prompt; photographs
-    and paintings get 4 to 7. Differences of 0.1 need about a hundred prompts. Interval: cluster
-    bootstrap by prompt. Source: LAION, improved-aesthetic-predictor (Apache-2.0).
+    It was fitted to people's ratings of pictures (SAC, logos, AVA) on a scale of 1 to 10, and knows
+    no prompt. Pictures are squashed, not cropped, to the CLIP's size. n: a hundred prompts or more.
+    Interval: cluster bootstrap by prompt. Source: LAION, improved-aesthetic-predictor (Apache-2.0).
     """
 
     head: Path = field(metadata={"help": f"the head's weights, .pth or .safetensors: {WHERE}"})

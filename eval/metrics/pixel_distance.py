@@ -17,8 +17,8 @@ class PixelDistance(PictureSettings):
 
     ``mean_absolute``: mean |x − y| over pixels and channels; ``rms``: its root mean square; both of
     values in [0, 1], so that black to white is 1. Lower is better where a concept is kept; give
-    `higher_is_better: true` with the groups in which it must go. One picture has a distance; twenty
-    prompts an interval worth reading (cluster bootstrap by prompt). The base itself has none.
+    `higher_is_better: true` with the groups in which it must go. n: tens of prompts. Interval:
+    cluster bootstrap by prompt. The base itself has no distance.
     """
 
     norm: Literal["mean_absolute", "rms"] = field(
@@ -29,9 +29,8 @@ class PixelDistance(PictureSettings):
     def open(self) -> PairedTally:
         """There is nothing to load."""
         distance = mean_absolute if self.norm == "mean_absolute" else rms
-        return PairedTally(
-            self, distance, {"metric": "distance", "norm": self.norm, "of": "[0, 1]"}
-        )
+        told = {"metric": "distance", "norm": self.norm, "scale": "pixels in [0, 1]"}
+        return PairedTally(self, distance, told)
 
 
 def mean_absolute(x: Tensor, y: Tensor) -> Tensor:
