@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,8 @@ def load_lpips(net: Net, backbone_weights: Path | None) -> Any:
     file = backbone_weights or cached_download(published.url, what)
     tensors = read_tensors(file, what, published.url)
     # The library starts from random weights here, which must not move anybody's random numbers.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision")
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     # slice2.3.weight is the layer that torchvision calls features.3.weight.
     wanted = {key: re.sub(r"slice\d+", "features", key) for key in network.net.state_dict()}
