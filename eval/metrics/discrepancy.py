@@ -73,7 +73,8 @@ def mmd2(
 
 def polynomial(X: Values, Y: Values) -> Values:
     """k(x, y) = (x·y / D + 1)³, KID's."""
-    return (X @ Y.T / X.shape[1] + 1) ** 3
+    K: Values = (X @ Y.T / X.shape[1] + 1) ** 3
+    return K
 
 
 def gaussian(σ: float) -> Kernel:
@@ -81,7 +82,8 @@ def gaussian(σ: float) -> Kernel:
 
     def kernel(X: Values, Y: Values) -> Values:
         square = (X**2).sum(1)[:, None] + (Y**2).sum(1)[None] - 2 * X @ Y.T
-        return np.exp(-square.clip(0) / (2 * σ**2))
+        K: Values = np.exp(-square.clip(0) / (2 * σ**2))
+        return K
 
     return kernel
 

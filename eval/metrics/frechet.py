@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,14 @@ class Frechet(SetDistance):
         if min(len(X), len(Y)) <= X.shape[1]:
             return None
         reference = Gaussian.of(Y)
-        without = [
-            frechet(Gaussian.of(X[folds != g]), Gaussian.of(Y[folds != g]) if paired else reference)
-            for g in np.unique(folds)
-        ]
-        # One fold is all of them, and nothing is left without it.
-        return frechet(Gaussian.of(X), reference), without if len(without) > 1 else []
+        value, without = frechet(Gaussian.of(X), reference), []
+        kept = [folds != g for g in np.unique(folds)]
+        # A single row has no covariance.
+        if min(rows.sum() for rows in kept) > 1:
+            for rows in kept:
+                other = Gaussian.of(Y[rows]) if paired else reference
+                without.append(frechet(Gaussian.of(X[rows]), other))
+        return value, without
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,13 @@ class Gaussian:
         """The moments of the rows of X (n, D), n ≥ 2; the covariance is the unbiased one."""
         return cls(X.mean(0), np.atleast_2d(np.cov(X, rowvar=False)))
 
+    @cached_property
+    def L(self) -> Values:
+        """Σ = L Lᵀ, by its eigenvectors, so that a covariance without an inverse has one too."""
+        λ, V = np.linalg.eigh(self.Σ)
+        root: Values = V * np.sqrt(λ.clip(0))
+        return root
+
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
     """d² = ‖μ_a − μ_b‖² + tr Σ_a + tr Σ_b − 2 tr(Σ_a Σ_b)^½.
@@ -65,8 +75,6 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     With Σ_b = L Lᵀ the last trace is the sum of the square roots of the eigenvalues of Lᵀ Σ_a L,
     which is symmetric and has the eigenvalues of Σ_a Σ_b; no matrix square root is taken.
     """
-    λ, V = np.linalg.eigh(b.Σ)
-    L = V * np.sqrt(λ.clip(0))
-    roots = np.sqrt(np.linalg.eigvalsh(L.T @ a.Σ @ L).clip(0))
+    roots = np.sqrt(np.linalg.eigvalsh(b.L.T @ a.Σ @ b.L).clip(0))
     δ = a.μ - b.μ
     return float(max(δ @ δ + np.trace(a.Σ) + np.trace(b.Σ) - 2 * roots.sum(), 0.0))

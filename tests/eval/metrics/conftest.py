@@ -21,7 +21,7 @@ def emoji() -> tuple[list[Case], Tensor]:
     pipeline.set_progress_bar_config(disable=True)
     asked = [(f"a {name}", seed, name) for seed in SEEDS for name in OBJECTS]
     prompts, seeds = [x[0] for x in asked], [x[1] for x in asked]
-    images = generate(pipeline, prompts, seeds, steps=6, guidance_scale=4.0, batch_size=24)
+    images = generate(pipeline, prompts, seeds, steps=4, guidance_scale=4.0, batch_size=24)
     cases = [
         Case(text, seed, "kept", name, (Question("kept", (f"object/{name}",)),))
         for text, seed, name in asked

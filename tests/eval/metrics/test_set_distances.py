@@ -234,6 +234,10 @@ def test_fid_without_more_pictures_than_features_is_no_number() -> None:
     found = measured(Frechet(extractor=Pixels(8)), cases_of(8), X, X + 1)
     assert (found.value, found.low, found.n) == (None, None, 8)
     assert measured(Frechet(extractor=Pixels(7)), cases_of(8), X, X + 1).value is not None
+    # Without the first of two prompts a single picture is left, which has no covariance.
+    found = measured(Frechet(extractor=Pixels(2)), cases_of(3, prompts=2), X[:3], X[3:6])
+    assert found.value is not None
+    assert (found.low, found.high) == (None, None)
 
 
 def test_one_picture_has_no_discrepancy_and_one_fold_no_interval() -> None:
