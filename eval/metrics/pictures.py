@@ -44,22 +44,20 @@ class PictureSettings:
         """A number with this metric's direction."""
         return Measurement(value, *interval, n, self.higher_is_better, unit=unit)
 
-    def mean(
-        self, seen: Gathered, column: int = 0, unit: Literal["share", "number"] = "number"
-    ) -> Measurement:
-        """The mean of one number of each picture, prompts drawn with replacement for its interval.
+    def mean(self, seen: Gathered) -> Measurement:
+        """The mean of a number of each picture, prompts drawn with replacement for its interval.
 
         Without a picture there is no number, with a single one no interval.
         """
         if not len(seen):
-            return self.measurement(None, unit=unit)
-        cases, columns = seen.in_order()
-        values = columns[column].astype(np.float64)
+            return self.measurement(None)
+        cases, (column,) = seen.in_order()
+        values = column.astype(np.float64)
         clusters = clusters_of(cases)
         interval: tuple[float | None, float | None] = (None, None)
         if len(set(clusters)) > 1:
             interval = cluster_bootstrap(values.tolist(), clusters)
-        return self.measurement(float(values.mean()), interval, len(values), unit)
+        return self.measurement(float(values.mean()), interval, len(values))
 
 
 class Gathered:

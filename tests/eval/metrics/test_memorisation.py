@@ -41,12 +41,13 @@ def test_copies_of_the_bundled_models_pictures_are_counted(
 
 
 def test_nearest_is_by_cosine_and_the_threshold_counts(tmp_path: Path) -> None:
-    folder = folder_of(as_pictures(np.array([[1.0, -1.0]]) / 1), tmp_path / "one")
+    # The second picture, a right angle away, is nearest to none of the turned ones but the last.
+    folder = folder_of(as_pictures(np.array([[1.0, -1.0], [-1.0, -1.0]])), tmp_path / "two")
     reference = np.array([1.0, -1.0]) / np.sqrt(2)
     angles = np.array([0.0, 0.2, 0.6, 1.0, 3.0])
     turned = [[np.cos(a), np.sin(a)] for a in angles - np.pi / 4]
     assert np.allclose(np.array(turned) @ reference, np.cos(angles))
-    for limit, copies in ((1.0, 1), (0.95, 2), (0.8, 3), (0.5, 4), (-0.999, 5)):
+    for limit, copies in ((1.0, 1), (0.95, 2), (0.8, 3), (0.5, 4), (-0.2, 5)):
         settings = Memorisation(reference=folder, threshold=limit, extractor=Pixels(2))
         found = measured(settings, cases_of(5), as_pictures(np.array(turned)))
         assert found.value == copies / 5, limit
