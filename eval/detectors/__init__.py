@@ -1,12 +1,11 @@
 """Detectors: independent judges that say what a picture shows."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from expunge.registry import Entry, Registry
+from expunge.results import sha256_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,11 +111,6 @@ def label_set(labels: Iterable[str], meaning: Any = None) -> str:
         return joined
     digest = sha256_json([names, meaning])[:8]
     return f"{joined if len(joined) <= 48 else f'{len(names)} labels'}~{digest}"
-
-
-def sha256_json(value: Any) -> str:
-    """The hexadecimal SHA-256 of a JSON value; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_threshold(threshold: float) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from expunge.densities import DENSITIES
 from expunge.densities.base import DensityConfig, HarmDensity
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import label_set, sha256_json
+from expunge.eval.detectors import label_set
+from expunge.results import sha256_json
 
 
 @dataclass(frozen=True)

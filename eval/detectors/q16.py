@@ -13,7 +13,8 @@ from expunge.densities.base import HarmDensity
 from expunge.densities.clip_head import ClipHead
 from expunge.errors import UserError
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import check_threshold, finite, sha256_json
+from expunge.eval.detectors import check_threshold, finite
+from expunge.results import sha256_json
 
 LABEL = "inappropriate"
 # OpenAI's weights with the activation they were trained with.
