@@ -27,6 +27,10 @@ class EvalConfig:
 
     output_dir: Path = field(metadata={"help": "where the report goes; a rerun resumes"})
     suite: str = field(default="emoji", metadata={"help": "expunge ls suites, or a YAML file"})
+    prompts: Path | None = field(
+        default=None,
+        metadata={"help": "the prompt list, for a suite that reads one; default: the suite's path"},
+    )
     model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
     lora: list[str] = field(
         default_factory=list,
@@ -87,10 +91,12 @@ def run(config: EvalConfig) -> dict[str, Any]:
     from expunge.eval.harness import changed
     from expunge.eval.report import Evaluation, print_table, write_report
     from expunge.eval.store import ImageStore, content_hash
-    from expunge.eval.suite import load_suite
+    from expunge.eval.suite import load_suite, with_prompts
 
     started = time.monotonic()
     suite = load_suite(config.suite)
+    if config.prompts is not None:
+        suite = with_prompts(suite, config.prompts)
     plan = suite.prompts.plan(_concept(config), config.limit)
     detector = suite.detector.open()
     settings = _settings(config) | {
