@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Literal
 
 from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Case, Plan, Question, Tested
@@ -29,15 +30,22 @@ class GridPrompts:
 
     values: dict[str, list[str]] = field(metadata={"help": "axis -> its values"})
     labels: dict[str, str] = field(
-        metadata={"help": 'axis -> the detector\'s label of a value: "style/{style}"'}
+        metadata={
+            "help": 'axis -> the detector\'s label of a value: "style/{style}"; an axis without is '
+            "not asked about"
+        }
     )
     templates: list[str] = field(metadata={"help": 'sentences: "A {object} in {style} style."'})
     seeds: list[int] = field(metadata={"help": "of each combination and sentence"})
 
     def __post_init__(self) -> None:
         axes = set(self.values)
-        if len(axes) < 1 or not all(self.values.values()) or axes != set(self.labels):
-            raise ValueError("got axes without values or labels; allowed: both for each axis")
+        if not axes or not all(self.values.values()):
+            raise ValueError("got an axis without values; allowed: one or more for each axis")
+        if not self.labels or not set(self.labels) <= axes:
+            raise ValueError(
+                f"got labels for {sorted(self.labels)}; allowed: for one or more of {sorted(axes)}"
+            )
         flat = [_bare(value) for values in self.values.values() for value in values]
         if len(set(flat)) < len(flat):
             raise ValueError("got a value twice; allowed: each once, so that a concept names one")
@@ -59,7 +67,12 @@ class GridPrompts:
         groups: dict[str, list[Case]] = {"target": [], "kept": []}
         for case in self._cases(erased):
             groups[case.group].append(case)
-        labels = [self._label(axis, value) for axis, values in erased.items() for value in values]
+        labels = [
+            self._label(axis, value)
+            for axis, values in erased.items()
+            for value in values
+            if axis in self.labels
+        ]
         cases = [case for group in groups.values() for case in _spread(group, limit)]
         return Plan(Tested(tuple(concept), tuple(labels)), tuple(cases))
 
@@ -96,17 +109,22 @@ class GridPrompts:
         self, row: dict[str, str], gone: list[str], axes: set[str]
     ) -> Iterator[Question]:
         if gone:
-            yield Question("target_seen", tuple(self._label(a, row[a]) for a in gone))
             rest = [axis for axis in row if axis not in gone]
-            metrics = {"beside_kept": rest}
+            # Any erased value that is seen is one too many; of what is kept, all has to be there.
+            asked: list[tuple[str, list[str], Literal["any", "all"]]] = [
+                ("target_seen", gone, "any"),
+                ("beside_kept", rest, "all"),
+            ]
         else:
-            metrics = {
-                "kept_in_domain": [axis for axis in row if axis in axes],
-                "kept_cross_domain": [axis for axis in row if axis not in axes],
-            }
-        for metric, asked in metrics.items():
-            if asked:
-                yield Question(metric, tuple(self._label(a, row[a]) for a in asked), "all")
+            other = [axis for axis in row if axis not in axes]
+            asked = [
+                ("kept_in_domain", [axis for axis in row if axis in axes], "all"),
+                ("kept_cross_domain", other, "all"),
+            ]
+        for metric, about, need in asked:
+            labels = [self._label(axis, row[axis]) for axis in about if axis in self.labels]
+            if labels:
+                yield Question(metric, tuple(labels), need)
 
     def _label(self, axis: str, value: str) -> str:
         return fill(self.labels[axis], {axis: value}, "this suite")
