@@ -165,7 +165,9 @@ class _Builder(CaseBuilder):
         super().__init__(vocabulary, targets, seed)
         self.others_of = others.of
         self.frames = others.frames
-        self.known = {word for phrase in vocabulary.phrases.values() for word in phrase.split()}
+        named = (vocabulary.phrases.values(), vocabulary.category_phrases.values())
+        self.known = {word for phrases in named for phrase in phrases for word in phrase.split()}
+        self.known |= {*vocabulary.styles, *vocabulary.backgrounds}
 
     def units(self, group: str) -> list[Make]:
         make = {
@@ -237,8 +239,12 @@ def misspelt(name: str, kind: str, salt: object, known: set[str]) -> str:
         places = sorted(range(len(name)), key=lambda i: stable_hash(salt, now, i))
         for i in places:
             slip = _slip(name, now, i)
-            if slip not in (None, name) and not known & set(str(slip).split()):
-                return str(slip)
+            if (
+                slip is not None
+                and slip != name
+                and not known & set(slip.split()) - set(name.split())
+            ):
+                return slip
     raise ValueError(f"got {name!r}, which cannot be misspelt; allowed: a word of letters")
 
 
