@@ -1,6 +1,7 @@
 """Every shipped suite: it loads, says where its prompts come from, asks what its judge tells."""
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 from importlib import resources
@@ -223,6 +224,12 @@ def test_a_list_of_ones_own_from_end_to_end(tiny_model: Path, tmp_path: Path) ->
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["metrics"]["target_seen"]["n"] == 2
+    assert report["excluded"] == {"age-coded words": 1}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert report["sources"] == {file.as_posix(): digest}
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Left out: 1 rows for age-coded words" in page
+    assert digest in page
     assert set(report["breakdown"]["model"]["target_seen"]) == {"weapon", "animal, weapon"}
 
 
