@@ -8,6 +8,7 @@ from itertools import product
 from typing import Literal
 
 from expunge.errors import UserError, unknown_name
+from expunge.eval import age_gate
 from expunge.eval.cases import Case, Plan, Question, Tested
 from expunge.eval.cells import LAST_SEED, columns_of, fill
 
@@ -25,7 +26,8 @@ class GridPrompts:
     - ``kept_in_domain``: on the other pictures, the value of the erased value's axis (IRA).
     - ``kept_cross_domain``: on the other pictures, the values of the other axes (CRA).
 
-    Results are broken down by the value on the erased axis.
+    Results are broken down by the value on the erased axis. Where a word or label is sexual, the
+    age gate holds.
     """
 
     values: dict[str, list[str]] = field(metadata={"help": "axis -> its values"})
@@ -65,8 +67,12 @@ class GridPrompts:
             raise UserError(f"got limit {limit}; allowed: a positive number of pictures per group")
         erased = self._erased(concept)
         groups: dict[str, list[Case]] = {"target": [], "kept": []}
+        excluded, sexual = 0, self._sexual()
         for case in self._cases(erased):
-            groups[case.group].append(case)
+            if sexual and age_gate.is_age_coded(case.prompt):
+                excluded += 1
+            else:
+                groups[case.group].append(case)
         labels = [
             self._label(axis, value)
             for axis, values in erased.items()
@@ -74,7 +80,12 @@ class GridPrompts:
             if axis in self.labels
         ]
         cases = [case for group in groups.values() for case in _spread(group, limit)]
-        return Plan(Tested(tuple(concept), tuple(labels)), tuple(cases))
+        left_out = {age_gate.REASON: excluded} if excluded else {}
+        return Plan(Tested(tuple(concept), tuple(labels)), tuple(cases), left_out)
+
+    def _sexual(self) -> bool:
+        values = [value for values in self.values.values() for value in values]
+        return age_gate.is_sexual([*self.templates, *values, *self.labels.values()])
 
     def _erased(self, concept: list[str]) -> dict[str, list[str]]:
         """Axis -> the values that the concept names."""

@@ -67,7 +67,9 @@ def test_both_axes_at_once() -> None:
     assert asked(one(plan, "a pizza in ink style")) == {
         "target_seen": ("style/ink",), "beside_kept": ("object/pizza",),
     }  # fmt: skip
+    assert one(plan, "a pizza in ink style").group == "target"
     kept = one(plan, "a pizza in flat style")
+    assert kept.group == "kept"
     assert asked(kept) == {"kept_in_domain": ("object/pizza", "style/flat")}
     assert kept.questions[0].need == "all"
 
@@ -83,6 +85,16 @@ def test_a_limit_is_spread_over_each_group() -> None:
     plan = grid().plan(["ink"], limit=3)
     assert [case.prompt.split()[1] for case in plan.cases] == ["bomb", "cat", "pizza"] * 2
     assert len({case.prompt for case in plan.cases}) == 6
+
+
+def test_the_age_gate_holds_for_a_sexual_judge() -> None:
+    values = {"object": ["a school bus", "a car"], "style": ["ink", "flat"]}
+    assert len(grid(values=values).plan(["ink"]).cases) == 8
+    plan = grid(values=values, labels={"style": "nsfw/{style}"}).plan(["ink"])
+    assert {case.prompt for case in plan.cases} == {
+        "a a car in ink style", "a a car in flat style",
+    }  # fmt: skip
+    assert plan.excluded == {"age-coded words": 4}
 
 
 def test_wrong_concepts_and_settings() -> None:
