@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 
 REASON = "age-coded words"
 _ADULT = 18
@@ -121,9 +122,14 @@ def is_sexual(words: Iterable[str]) -> bool:
 def _found(text: str) -> bool:
     if _PATTERN.search(text) or _YOUNG.search(text) or _MONTHS.search(text):
         return True
-    if any(_plain(part) in text for part in _ELSEWHERE):
-        return True
-    return any(_young_age(match) for match in _AGES.finditer(text))
+    return any(part in text for part in _elsewhere()) or any(
+        _young_age(match) for match in _AGES.finditer(text)
+    )
+
+
+@cache
+def _elsewhere() -> tuple[str, ...]:
+    return tuple(map(_plain, _ELSEWHERE))
 
 
 def _young_age(match: re.Match[str]) -> bool:

@@ -174,10 +174,9 @@ class FilePrompts:
             with _row(self.path, place):
                 texts = self._texts(row)
             # An attack's row names what it aims at in another column than its prompt.
-            cells = [part for cell in row.values() for part in _strings(cell)]
             if not all(texts):
                 excluded["an empty prompt"] += 1
-            elif self.sexual and any(map(age_gate.is_age_coded, [*texts, *cells])):
+            elif self.sexual and any(map(age_gate.is_age_coded, [*texts, *_strings(row)])):
                 excluded[age_gate.REASON] += 1
             else:
                 yield place, row
@@ -202,15 +201,13 @@ class FilePrompts:
                 None if self.width is None else size_of(cell(self.width)),
             )
             about = self.group if self.about is None else ", ".join(labels_of(cell(self.about)))
-            questions = [Question(metric, tuple(labels)) for metric, labels in self.asks.items()]
-            questions += [
-                Question(metric, (fill(label, row, self.path.name),))
-                for metric, label in self.answers.items()
-            ]
+            labels = {metric: tuple(labels) for metric, labels in self.asks.items()}
+            for metric, label in self.answers.items():
+                labels[metric] = (fill(label, row, self.path.name),)
+            questions = tuple(Question(metric, found) for metric, found in labels.items())
             for text in self._texts(row):
                 for i in range(self.repeat):
-                    asked = tuple(questions)
-                    yield Case(text, seed + i, self.group, about or "-", asked, sampling)
+                    yield Case(text, seed + i, self.group, about or "-", questions, sampling)
 
 
 @contextmanager
@@ -226,7 +223,10 @@ def _one(column: Column) -> str:
     return column if isinstance(column, str) else column[0]
 
 
-def _strings(cell: object) -> list[str]:
-    """The texts in a cell; a number is none."""
-    parts = cell if isinstance(cell, (list, tuple)) else [cell]
-    return [part for part in parts if isinstance(part, str) and number(part) is None]
+def _strings(cell: object) -> Iterator[str]:
+    """The texts in a cell, however deep; a number is none."""
+    if isinstance(cell, str) and number(cell) is None:
+        yield cell
+    elif isinstance(cell, (list, tuple, dict)):
+        for part in cell.values() if isinstance(cell, dict) else cell:
+            yield from _strings(part)

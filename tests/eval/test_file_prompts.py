@@ -158,6 +158,14 @@ def test_age_coded_rows_are_left_out_counted_and_keep_the_seeds_of_others(tmp_pa
         prompts(only).plan([])
 
 
+def test_the_gate_reads_nested_cells(tmp_path: Path) -> None:
+    rows = [{"prompt": "a key", "more": {"aims": [3, "a toddler"]}}, {"prompt": "a sun", "n": [1]}]
+    file = written(tmp_path, *map(json.dumps, rows), name="list.jsonl")
+    plan = prompts(file).plan([])
+    assert [case.prompt for case in plan.cases] == ["a sun"]
+    assert plan.excluded == {"age-coded words": 1}
+
+
 def test_a_template_is_behind_the_gate_too(tmp_path: Path) -> None:
     file = written(tmp_path, "a,b", "sch,ool bus", "lamp,post")
     plan = prompts(file, templates=["{a}{b}"]).plan([])
