@@ -34,6 +34,10 @@ class EvalConfig:
 
     output_dir: Path = field(metadata={"help": "where the report goes; a rerun resumes"})
     suite: str = field(default="emoji", metadata={"help": "expunge ls suites, or a YAML file"})
+    prompts: Path | None = field(
+        default=None,
+        metadata={"help": "the prompt list, for a suite that reads one; default: the suite's path"},
+    )
     model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
     lora: list[str] = field(
         default_factory=list,
@@ -108,11 +112,13 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: A wrong setting, or an output folder that holds another evaluation.
     """
     from expunge.eval.harness import Panel
-    from expunge.eval.suite import load_suite
+    from expunge.eval.suite import load_suite, with_prompts
     from expunge.eval.team import Team
     from expunge.train import launch
 
     suite = load_suite(config.suite)
+    if config.prompts is not None:
+        suite = with_prompts(suite, config.prompts)
     plan = suite.prompts.plan(_concept(config), config.limit)
     panel = Panel.open(suite)
     settings = _settings(config) | {

@@ -132,6 +132,8 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "version": suite.version,
         "suite_sha256": suite.sha256(),
         "prompts_sha256": sha256_json([_case(case) for case in plan.cases]),
+        "sources": dict(plan.sources),
+        "excluded": dict(plan.excluded),
         "smoke": evaluation.smoke,
         "title": evaluation.title,
         "concept": {"texts": list(plan.tested.texts), "labels": list(plan.tested.labels)},
@@ -150,14 +152,13 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "detector": evaluation.detector,
         "judges": dict(evaluation.judges),
         "protocols": evaluation.outcome.protocols,
-        "excluded": dict(plan.excluded),
         "generators": {model: outcome.identity for model, outcome in outcomes.items()},
     }
 
 
 def markdown(evaluation: Evaluation) -> str:
     """report.md."""
-    suite, outcomes = evaluation.suite, evaluation.outcomes()
+    suite, plan, outcomes = evaluation.suite, evaluation.plan, evaluation.outcomes()
     lines = [f"# {evaluation.sheet_title()}", ""]
     if evaluation.smoke:
         lines += ["**Smoke run with `--limit`: these numbers compare with nothing.**", ""]
@@ -167,6 +168,8 @@ def markdown(evaluation: Evaluation) -> str:
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
         "Brackets are 95 % intervals (Wilson).",
+        *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
+        *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
     ]
     header = ["metric", "good is", *outcomes, *(["of base"] if evaluation.base else []), "n"]
