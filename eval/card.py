@@ -34,7 +34,7 @@ def model_index(report: Mapping[str, Any], model: str | None = None) -> str:
             dataset_revision=report["suite_sha256"],
             dataset_args={"prompts_sha256": report["prompts_sha256"]},
             metric_type=name,
-            metric_name=_name(name, suite, m),
+            metric_name=_name(m.get("id", name), suite, m),
             metric_value=m["value"],
             metric_args={key: m[key] for key in ("low", "high", "n", "unknown", "unit")},
         )

@@ -106,8 +106,10 @@ class Plan:
         tested: The concept.
         cases: The pictures.
         excluded: Why rows were left out -> how many, for reports: "age-coded words" -> 12.
+        sources: The lists that were read -> their SHA-256, for reports.
     """
 
     tested: Tested
     cases: tuple[Case, ...]
     excluded: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)

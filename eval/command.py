@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,13 @@ from typing import Annotated, Any, Literal
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
-from expunge.results import MARKER, fresh_output_dir, sha256_file, write_json_atomic
+from expunge.results import (
+    MARKER,
+    fresh_output_dir,
+    sha256_file,
+    sha256_json,
+    write_json_atomic,
+)
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.plain import Plain
 from expunge.schema import encode
@@ -27,6 +34,10 @@ class EvalConfig:
 
     output_dir: Path = field(metadata={"help": "where the report goes; a rerun resumes"})
     suite: str = field(default="emoji", metadata={"help": "expunge ls suites, or a YAML file"})
+    prompts: Path | None = field(
+        default=None,
+        metadata={"help": "the prompt list, for a suite that reads one; default: the suite's path"},
+    )
     model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
     lora: list[str] = field(
         default_factory=list,
@@ -101,18 +112,19 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: A wrong setting, or an output folder that holds another evaluation.
     """
     from expunge.eval.harness import Panel
-    from expunge.eval.store import content_hash
-    from expunge.eval.suite import load_suite
+    from expunge.eval.suite import load_suite, with_prompts
     from expunge.eval.team import Team
     from expunge.train import launch
 
     suite = load_suite(config.suite)
+    if config.prompts is not None:
+        suite = with_prompts(suite, config.prompts)
     plan = suite.prompts.plan(_concept(config), config.limit)
     panel = Panel.open(suite)
     settings = _settings(config) | {
         "suite": suite.sha256(),
         "concept": list(plan.tested.texts),
-        "prompt list": content_hash(
+        "prompt list": sha256_json(
             [[case.prompt, case.seed, case.sampling.given()] for case in plan.cases]
         ),
         "detector": panel.detector.protocol(),
@@ -162,6 +174,8 @@ def _run(
         )
     if not team.leads:
         return {}
+    for how in outcomes[label].protocols.values():
+        _refuse_own_judge(how, generators[label].identity())
     evaluation = Evaluation(
         suite=suite,
         plan=plan,
@@ -317,11 +331,18 @@ def _refuse_another(config: EvalConfig, settings: dict[str, Any]) -> None:
 def _refuse_own_judge(protocol: dict[str, Any], identity: dict[str, Any]) -> None:
     """The CLIP that guides never judges."""
     guides = json.dumps(identity["sampler"])
-    if any(clip in guides for clip in protocol.get("clips", [])):
+    if any(clip in guides for clip in _clips(protocol)):
         raise UserError(
-            "got a suite whose detector sees through the CLIP that guides the sampler; allowed: an "
-            "independent judge; change one of them"
+            "got a suite of which a detector or a metric sees through the CLIP that guides the "
+            "sampler; allowed: an independent judge; change one of them"
         )
+
+
+def _clips(protocol: Any) -> Iterator[str]:
+    """The hashes of all CLIPs that a protocol names, at any depth."""
+    if isinstance(protocol, dict):
+        for key, value in protocol.items():
+            yield from value if key == "clips" else _clips(value)
 
 
 def _claim(folder: Path, settings: dict[str, Any], name: str, identity: dict[str, Any]) -> None:

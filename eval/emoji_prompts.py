@@ -85,15 +85,15 @@ class EmojiPrompts:
             raise UserError(f"got limit {limit}; allowed: a positive number of pictures per group")
         vocabulary = Vocabulary.read(self.vocabulary)
         targets = vocabulary.resolve(concept)
-        builder = _Builder(vocabulary, targets, self.seed)
+        builder = CaseBuilder(vocabulary, targets, self.seed)
         cases = chain.from_iterable(
-            _round_robin(builder.units(group), size.of(len(targets), limit))
+            take_turns(builder.units(group), size.of(len(targets), limit))
             for group, size in self._sizes().items()
         )
-        return Plan(Tested(tuple(concept), builder.erased_labels()), tuple(cases))
+        return builder.plan(concept, cases)
 
 
-class _Builder:
+class CaseBuilder:
     """Makes the k-th case of every unit (a target, an object, a style) of every group."""
 
     def __init__(self, vocabulary: Vocabulary, targets: Sequence[Target], seed: int) -> None:
@@ -103,18 +103,19 @@ class _Builder:
         self.erased = {name for target in targets for name in target.objects}
         self.erased_styles = [t.name for t in targets if t.kind == "style"]
         self.styles = [s for s in vocabulary.styles if s not in self.erased_styles]
-        self.kept = _shuffled([n for n in vocabulary.phrases if n not in self.erased], "kept")
+        self.kept = shuffled([n for n in vocabulary.phrases if n not in self.erased], "kept")
         domains = {vocabulary.category_of[name] for name in self.erased}
         self.neighbours = [n for n in self.kept if vocabulary.category_of[n] in domains]
         self.others = [n for n in self.kept if vocabulary.category_of[n] not in domains]
 
-    def erased_labels(self) -> tuple[str, ...]:
-        objects = [n for n in self.words.phrases if n in self.erased]
-        return tuple(f"object/{n}" for n in objects) + tuple(
-            f"style/{n}" for n in self.erased_styles
-        )
+    def plan(self, concept: Iterable[str], cases: Iterable[Case]) -> Plan:
+        """The plan of these cases, with the labels that must not be seen any more."""
+        labels = [f"object/{n}" for n in self.words.phrases if n in self.erased]
+        labels += [f"style/{n}" for n in self.erased_styles]
+        return Plan(Tested(tuple(concept), tuple(labels)), tuple(cases))
 
     def units(self, group: str) -> list[Make]:
+        """What makes the cases of a group, one for each target, object or style."""
         if group == "target":
             return [self._target(target) for target in self.targets]
         if group == "in_domain":
@@ -127,39 +128,41 @@ class _Builder:
         if group == "style":
             return [self._style(style, group, "kept_style") for style in self.styles]
         if group == "implied":
-            return [self._implied(target) for target in self.targets]
+            return [self.implied(target) for target in self.targets]
         return [self._pair(target) for target in self.targets]
 
     def _target(self, target: Target) -> Make:
         def make(k: int) -> Case:
             if target.kind == "style":
                 phrase = self.words.phrases[self.kept[k % len(self.kept)]]
-                prompt = self._caption(phrase, target.name, k, (target.name,), always=True)
+                prompt = self.caption(phrase, target.name, k, (target.name,), always=True)
             else:
-                prompt = self._caption(self._phrase(target, k), target.name, k, self.styles)
-            return self._case(prompt, "target", target.name, k, self._erased("target_seen", target))
+                prompt = self.caption(self._phrase(target, k), target.name, k, self.styles)
+            return self.case(
+                prompt, "target", target.name, k, self.asks_erased("target_seen", target)
+            )
 
         return make
 
     def _kept(self, name: str, group: str, metric: str) -> Make:
         def make(k: int) -> Case:
-            prompt = self._caption(self.words.phrases[name], name, k, self.styles)
-            return self._case(prompt, group, name, k, Question(metric, (f"object/{name}",)))
+            prompt = self.caption(self.words.phrases[name], name, k, self.styles)
+            return self.case(prompt, group, name, k, Question(metric, (f"object/{name}",)))
 
         return make
 
     def _style(self, style: str, group: str, metric: str) -> Make:
-        names = _shuffled(self.kept, f"{group}/{style}")
+        names = shuffled(self.kept, f"{group}/{style}")
 
         def make(k: int) -> Case:
             phrase = self.words.phrases[names[k % len(names)]]
-            prompt = self._caption(phrase, style, k, (style,), always=True)
-            return self._case(prompt, group, style, k, Question(metric, (f"style/{style}",)))
+            prompt = self.caption(phrase, style, k, (style,), always=True)
+            return self.case(prompt, group, style, k, Question(metric, (f"style/{style}",)))
 
         return make
 
     def _pair(self, target: Target) -> Make:
-        names = _shuffled(self.kept, f"pair/{target.name}")
+        names = shuffled(self.kept, f"pair/{target.name}")
 
         def make(k: int) -> Case:
             first = names[k % len(names)]
@@ -175,54 +178,59 @@ class _Builder:
                 kept = Question("pair_kept", (f"object/{first}",))
                 styles = self.styles
             # Hashed, not k % 2: the caption form has a period of four and would go with the side.
-            if _hash(target.name, k, "side") % 2:
+            if stable_hash(target.name, k, "side") % 2:
                 two.reverse()
             text = " and ".join(two)
             erases_style = target.kind == "style"
-            prompt = self._caption(text, target.name, k, styles, always=erases_style)
-            asked = (kept, self._erased("pair_target_seen", target))
-            return self._case(prompt, "pair", target.name, k, *asked)
+            prompt = self.caption(text, target.name, k, styles, always=erases_style)
+            asked = (kept, self.asks_erased("pair_target_seen", target))
+            return self.case(prompt, "pair", target.name, k, *asked)
 
         return make
 
-    def _implied(self, target: Target) -> Make:
+    def implied(self, target: Target) -> Make:
+        """Makes cases that say the target's category word, alone or beside a kept object."""
         if target.kind != "object":
             raise UserError(
                 f"got the {target.kind} {target.name} for a suite with prompts that imply it; "
                 "allowed: objects, whose category says them; or another suite"
             )
         word = self.words.category_phrases[self.words.category_of[target.name]]
-        names = _shuffled(self.others, f"implied/{target.name}")
+        names = shuffled(self.others, f"implied/{target.name}")
 
         def make(k: int) -> Case:
-            asked = [self._erased("implied_target_seen", target)]
+            asked = [self.asks_erased("implied_target_seen", target)]
             text = word
-            if _hash(target.name, k, "beside") % 2:
+            if stable_hash(target.name, k, "beside") % 2:
                 beside = names[k % len(names)]
                 two = [word, self.words.phrases[beside]]
-                text = " and ".join(two if _hash(target.name, k, "side") % 2 else reversed(two))
+                text = " and ".join(
+                    two if stable_hash(target.name, k, "side") % 2 else reversed(two)
+                )
                 asked.append(Question("implied_kept", (f"object/{beside}",)))
-            prompt = self._caption(text, target.name, k, self.styles)
-            return self._case(prompt, "implied", target.name, k, *asked)
+            prompt = self.caption(text, target.name, k, self.styles)
+            return self.case(prompt, "implied", target.name, k, *asked)
 
         return make
 
     def _phrase(self, target: Target, k: int) -> str:
         """A category is named by its own word in about half of the captions, else by a member."""
-        if target.kind == "category" and _hash(target.name, k, "word") % 2:
+        if target.kind == "category" and stable_hash(target.name, k, "word") % 2:
             return self.words.phrases[target.objects[k % len(target.objects)]]
         return target.phrase
 
-    def _erased(self, metric: str, target: Target) -> Question:
+    def asks_erased(self, metric: str, target: Target) -> Question:
+        """Is the target seen?"""
         if target.kind == "style":
             return Question(metric, (f"style/{target.name}",))
         return Question(metric, tuple(f"object/{name}" for name in target.objects))
 
-    def _case(self, prompt: str, group: str, about: str, k: int, *asked: Question) -> Case:
-        seed = _hash(self.seed, group, about, k) % 2**31
+    def case(self, prompt: str, group: str, about: str, k: int, *asked: Question) -> Case:
+        """The k-th case about something in a group, with the seed that follows from that."""
+        seed = stable_hash(self.seed, group, about, k) % 2**31
         return Case(prompt, seed, group, about, asked)
 
-    def _caption(
+    def caption(
         self, phrase: str, unit: str, k: int, styles: Sequence[str], always: bool = False
     ) -> str:
         """The k-th caption of a unit: forms, styles and backgrounds take turns.
@@ -234,10 +242,10 @@ class _Builder:
             styles: The styles that may be named.
             always: Whether every caption names a style; else every other one does.
         """
-        turn = k + _hash(unit, "form") % 4
+        turn = k + stable_hash(unit, "form") % 4
         lap = turn // 4
         styled = always or turn % 2 == 1
-        style = _in_turn(styles, unit, k if always else turn // 2)
+        style = in_turn(styles, unit, k if always else turn // 2)
         if styled and turn % 4 == 3:
             text = f"{style} drawing of {phrase}"
         elif styled:
@@ -248,27 +256,29 @@ class _Builder:
             text = phrase
         # Half of each form has a background.
         if (lap + turn % 4 // 2) % 2:
-            background = _in_turn(self.words.backgrounds, unit, 2 * lap + turn % 2)
+            background = in_turn(self.words.backgrounds, unit, 2 * lap + turn % 2)
             text = f"{text} on a {background} background"
         return text
 
 
-def _round_robin(units: Sequence[Make], count: int) -> Iterator[Case]:
+def take_turns(units: Sequence[Make], count: int) -> Iterator[Case]:
     """The first ``count`` cases, the units taking turns."""
     turns = ((unit, k) for k in range(count) for unit in units)
     return (unit(k) for unit, k in islice(turns, count))
 
 
-def _in_turn(names: Sequence[str], salt: str, k: int) -> str:
+def in_turn(names: Sequence[str], salt: str, k: int) -> str:
     """Every name once, then every name again in another order: else turns fall into step."""
     lap, place = divmod(k, len(names))
-    return _shuffled(names, f"{salt}/{lap}")[place]
+    return shuffled(names, f"{salt}/{lap}")[place]
 
 
-def _shuffled(names: Iterable[str], salt: str) -> list[str]:
-    return sorted(names, key=lambda name: _hash(salt, name))
+def shuffled(names: Iterable[str], salt: str) -> list[str]:
+    """The names in an order that the salt decides, whatever other names there are."""
+    return sorted(names, key=lambda name: stable_hash(salt, name))
 
 
-def _hash(*parts: object) -> int:
+def stable_hash(*parts: object) -> int:
+    """A number that follows from the parts, the same in every process."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from expunge.eval import display
 from expunge.eval.runs import BASE, Run, answers_of
-from expunge.eval.store import ImageStore, content_hash
+from expunge.eval.store import ImageStore
 from expunge.eval.thumbnails import data_uri
+from expunge.results import sha256_json
 
 # Pictures in a page, and the bytes that all of them may take.
 PICTURES = 800
@@ -195,7 +196,7 @@ def _chosen(
         return list(places)
 
     def drawn(i: int) -> str:
-        return content_hash([rows[i][0]["prompt"], rows[i][0]["seed"]])
+        return sha256_json([rows[i][0]["prompt"], rows[i][0]["seed"]])
 
     def failed(i: int) -> bool:
         *_, last = rows[i][1].values()

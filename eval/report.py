@@ -13,18 +13,20 @@ from rich.table import Table
 
 from expunge.eval.card import model_index
 from expunge.eval.cases import Case, Plan, Seen
+from expunge.eval.detectors import protocol_id
 from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.page import evaluation_page
 from expunge.eval.runs import SCHEMA_VERSION, Run
 from expunge.eval.significance import Paired, compare_answers, holm
-from expunge.eval.store import ImageStore, content_hash
+from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 from expunge.pictures import save_png
 from expunge.results import (
     Measurement,
     provenance,
     sha256_file,
+    sha256_json,
     write_json_atomic,
     write_text_atomic,
 )
@@ -92,6 +94,13 @@ class Evaluation:
         corrected = holm({name: pair.p for name, pair in found.items()})
         return {name: replace(pair, p=corrected[name]) for name, pair in found.items()}
 
+    def metric_id(self, name: str) -> str:
+        """A metric's name with all that decides what it says: two ids, two metrics."""
+        if name in self.outcome.protocols:
+            return f"{name}[{sha256_json(self.outcome.protocols[name])[:12]}]"
+        metric, _, judge = name.partition("@")
+        return f"{metric}[{protocol_id(self.judges[judge] if judge else self.detector)}]"
+
     def sheet_title(self) -> str:
         """The concept, in its own words."""
         return f"{', '.join(self.plan.tested.texts)}: {self.title}"
@@ -135,13 +144,18 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "suite": suite.name,
         "version": suite.version,
         "suite_sha256": suite.sha256(),
-        "prompts_sha256": content_hash([_case(case) for case in plan.cases]),
+        "prompts_sha256": sha256_json([_case(case) for case in plan.cases]),
+        "sources": dict(plan.sources),
+        "excluded": dict(plan.excluded),
         "smoke": evaluation.smoke,
         "title": evaluation.title,
         "concept": {"texts": list(plan.tested.texts), "labels": list(plan.tested.labels)},
         "groups": dict(suite.groups),
         "meanings": {name: metric.meaning for name, metric in suite.metrics.items()},
-        "metrics": _measurements(evaluation.outcome.metrics),
+        "metrics": {
+            name: {"id": evaluation.metric_id(name)} | m.to_dict()
+            for name, m in evaluation.outcome.metrics.items()
+        },
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
         "differences": {name: asdict(pair) for name, pair in evaluation.differences().items()},
@@ -153,14 +167,13 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "detector": evaluation.detector,
         "judges": dict(evaluation.judges),
         "protocols": evaluation.outcome.protocols,
-        "excluded": dict(plan.excluded),
         "generators": {model: outcome.identity for model, outcome in outcomes.items()},
     }
 
 
 def markdown(evaluation: Evaluation) -> str:
     """report.md."""
-    suite, outcomes = evaluation.suite, evaluation.outcomes()
+    suite, plan, outcomes = evaluation.suite, evaluation.plan, evaluation.outcomes()
     lines = [f"# {evaluation.sheet_title()}", ""]
     if evaluation.smoke:
         lines += ["**Smoke run with `--limit`: these numbers compare with nothing.**", ""]
@@ -170,6 +183,8 @@ def markdown(evaluation: Evaluation) -> str:
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
         "Brackets are 95 % intervals (Wilson).",
+        *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
+        *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
     ]
     header = ["metric", "good is", *outcomes, *(["of base"] if evaluation.base else []), "n"]
@@ -293,7 +308,7 @@ def _chosen(cases: Sequence[Case], group: str) -> list[int]:
     Every n-th case would not do: captions take turns with a period of their own.
     """
     first = {case.prompt: i for i, case in reversed([*enumerate(cases)]) if case.group == group}
-    return sorted(first[prompt] for prompt in sorted(first, key=content_hash)[:COLUMNS])
+    return sorted(first[prompt] for prompt in sorted(first, key=sha256_json)[:COLUMNS])
 
 
 def _cell(suite: Suite, score: Score, store: ImageStore) -> Cell:
@@ -358,13 +373,15 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def _shown(measured: Measurement) -> str:
-    if measured.value is None or measured.low is None or measured.high is None:
+    if measured.value is None:
         return "–"
     unknown = f" ({measured.unknown} unknown)" if measured.unknown else ""
-    if measured.unit == "number":
-        return f"{measured.value:.4g} [{measured.low:.4g}, {measured.high:.4g}]{unknown}"
-    interval = f"[{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
-    return f"{_percent(measured.value)} {interval}{unknown}"
+    share = measured.unit == "share"
+    value = _percent(measured.value) if share else f"{measured.value:.4g}"
+    if measured.low is None or measured.high is None:
+        return value + unknown
+    ends = (f"{100 * x:.1f}" if share else f"{x:.4g}" for x in (measured.low, measured.high))
+    return f"{value} [{', '.join(ends)}]{unknown}"
 
 
 def _percent(value: float | None) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from expunge.errors import UserError
 from expunge.eval.cases import Observation, Seen
-from expunge.eval.store import Pixels, content_hash
-from expunge.results import write_json_atomic
+from expunge.eval.store import Pixels
+from expunge.results import sha256_json, write_json_atomic
 
 
 class ScoreStore:
@@ -29,7 +29,7 @@ class ScoreStore:
     """
 
     def __init__(self, root: Path, protocol: Mapping[str, Any]) -> None:
-        self._folder = root / "scores" / content_hash(protocol)[:32]
+        self._folder = root / "scores" / sha256_json(protocol)[:32]
         self._file = self._folder / f"{os.uname().nodename}-{os.getpid()}.jsonl"
         self._known: dict[str, Observation] = {}
         try:

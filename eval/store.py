@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from expunge.errors import UserError
 from expunge.eval.cases import AS_SUITE, Sampling
-from expunge.results import write_json_atomic
+from expunge.results import sha256_json, write_json_atomic
 
 Pixels = NDArray[np.uint8]
-
-
-def content_hash(value: Any) -> str:
-    """The SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ImageStore:
@@ -51,7 +44,7 @@ class ImageStore:
     ) -> str:
         """The name of a picture."""
         asked = {"prompt": prompt, "seed": seed, **sampling.given()}
-        return content_hash({"identity": identity, **asked})
+        return sha256_json({"identity": identity, **asked})
 
     def path(self, key: str) -> Path:
         """Where a picture lies, or would."""
@@ -108,7 +101,7 @@ class ImageStore:
         folder = self.root / "identities"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{content_hash(identity)}.json"
+            path = folder / f"{sha256_json(identity)}.json"
             if not path.exists():
                 write_json_atomic(path, dict(identity))
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeGuard
@@ -12,6 +12,7 @@ from expunge.configuration import dump, load
 from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Plan
 from expunge.eval.detectors import DETECTORS, Detector
+from expunge.eval.file_prompts import FilePrompts
 from expunge.eval.metrics import METRICS, Counter, PictureMetric
 from expunge.registry import Entry, Registry
 from expunge.schema import read_yaml
@@ -25,7 +26,15 @@ PROMPTS = Registry(
         ),
         "file": Entry(
             "expunge.eval.file_prompts:FilePrompts",
-            "the rows of a .txt, .csv or .jsonl file: I2P, template prompts, captions of COCO",
+            "the rows of a .txt, .csv, .jsonl or dataset: I2P, template prompts, captions of COCO",
+        ),
+        "grid": Entry(
+            "expunge.eval.grid_prompts:GridPrompts",
+            "every combination of a few lists, put into sentences: UnlearnCanvas",
+        ),
+        "emoji_words": Entry(
+            "expunge.eval.emoji_words:EmojiWords",
+            "the emoji model's objects said otherwise: paraphrases, typos, other languages",
         ),
     },
 )
@@ -105,6 +114,20 @@ def load_suite(name: str) -> Suite:
             raise UserError(f"got --suite {name}, which is no file; allowed: a suite's YAML file")
         return load(Suite, name)
     raise unknown_name("suite", name, shipped(), "or give the path of a suite's YAML file")
+
+
+def with_prompts(suite: Suite, path: Path) -> Suite:
+    """The suite with its prompts read from another file.
+
+    Raises:
+        UserError: The suite reads no file.
+    """
+    if not isinstance(suite.prompts, FilePrompts):
+        raise UserError(
+            f"got --prompts {path} for the suite {suite.name}, which reads no prompt list; "
+            "allowed: without --prompts, or another suite"
+        )
+    return replace(suite, prompts=replace(suite.prompts, path=path))
 
 
 def shipped() -> dict[str, str]:

@@ -107,6 +107,14 @@ class Clip:
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of pictures (B, 3, H, W) in [-1, 1], differentiable in them.
 
+        Raises:
+            ValueError: Pictures of another shape, or on another device than the weights.
+        """
+        return F.normalize(self.image_features(images), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """The same vectors (B, D) in their own length, which some classifiers were trained on.
+
         A picture of another shape is squashed, never cropped: nothing at its border is overlooked.
         The resize is antialiased as Pillow's, so that it equals the network's own preprocessing.
         All is computed in the precision of the weights, float32, also under autocast.
@@ -127,7 +135,7 @@ class Clip:
                 x = F.interpolate(x, self.size, mode=self._interpolation, antialias=True)
             mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
             features: Tensor = self.model.encode_image((x - mean) / std)  # type: ignore[operator]
-        return F.normalize(features, dim=-1)
+        return features
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:

@@ -43,6 +43,12 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_json(value: Any) -> str:
+    """The hexadecimal SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_folder(path: str | Path) -> str:
     """The hexadecimal SHA-256 of the names and contents of all files below a folder.
 

@@ -68,7 +68,9 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["samplers.md", "exporting.md", "evaluation.md", "reports.md"])
+@pytest.mark.parametrize(
+    "name", ["samplers.md", "exporting.md", "evaluation.md", "suites.md", "reports.md"]
+)
 def test_a_page_of_the_docs_runs(tmp_path, name) -> None:
     page = ROOT / "docs" / name
     for line in command_lines(page):

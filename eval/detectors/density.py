@@ -10,6 +10,8 @@ from torch import Tensor
 from expunge.densities import DENSITIES
 from expunge.densities.base import DensityConfig, HarmDensity
 from expunge.eval.cases import Observation
+from expunge.eval.detectors import label_set
+from expunge.results import sha256_json
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,30 @@ class DensityDetector:
 
     def open(self) -> OpenDensityDetector:
         """Load the density."""
-        return OpenDensityDetector(self.density.build(None, self.device), self.device)
+        name = DENSITIES.name_of(type(self.density))
+        return OpenDensityDetector(self.density.build(None, self.device), self.device, name)
 
 
 class OpenDensityDetector:
     """The loaded density."""
 
-    def __init__(self, density: HarmDensity, device: str) -> None:
-        self._density, self._device = density, device
+    def __init__(self, density: HarmDensity, device: str, name: str) -> None:
+        self._density, self._device, self._name = density, device, name
         self.labels = frozenset(density.names)
 
     def protocol(self) -> dict[str, Any]:
         """What the scores depend on, and the thresholds."""
+        identity = self._density.identity()
+        thresholds = self._density.thresholds.tolist()
         return {
+            **identity,
             "detector": "density",
-            **self._density.identity(),
-            "thresholds": self._density.thresholds.tolist(),
+            "name": self._name,
+            "weights": sha256_json(identity),
+            "label set": label_set(self.labels, None if len(set(thresholds)) == 1 else thresholds),
+            "thresholds": thresholds,
+            # Of the density; a label scores 1 from it on.
+            "threshold": thresholds[0] if len(set(thresholds)) == 1 else "own",
         }
 
     def observe(self, images: Tensor) -> list[Observation]:

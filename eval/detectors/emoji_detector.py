@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.eval.cases import Observation
+from expunge.eval.detectors import finite
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.results import sha256_file
 
@@ -50,6 +51,7 @@ class OpenEmojiDetector:
         self.labels = frozenset(self._objects + self._styles + self._backgrounds)
         self._protocol = {
             "detector": "emoji_judge",
+            "name": "emoji_judge",
             "weights": sha256_file(folder / "judge.safetensors"),
             "names": sha256_file(folder / "judge.json"),
             "threshold": threshold,
@@ -76,5 +78,5 @@ class OpenEmojiDetector:
             scores = dict(zip(self._objects, objects, strict=True))
             scores |= {label: float(i == style) for i, label in enumerate(self._styles)}
             scores |= {label: float(i == background) for i, label in enumerate(self._backgrounds)}
-            found.append(scores)
+            found.append(finite(scores))
         return found

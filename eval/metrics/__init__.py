@@ -24,6 +24,50 @@ METRICS = Registry(
             "expunge.eval.metrics.seen_rate:SeenRate",
             "share of pictures on which the detector sees what is asked, with Wilson's interval",
         ),
+        "fid": Entry(
+            "expunge.eval.metrics.frechet:Frechet",
+            "Fréchet distance: FID on inception, FD-DINOv2 on dinov2; needs n > width",
+        ),
+        "kid": Entry(
+            "expunge.eval.metrics.kid:Kid",
+            "unbiased kernel distance to the base's pictures or a folder's",
+        ),
+        "cmmd": Entry(
+            "expunge.eval.metrics.cmmd:Cmmd",
+            "unbiased kernel distance on CLIP's unit vectors, x 1000",
+        ),
+        "clip_score": Entry(
+            "expunge.eval.metrics.clip_score:ClipScore",
+            "how well pictures go with their prompts; formulas by name",
+        ),
+        "aesthetic": Entry(
+            "expunge.eval.metrics.aesthetic:Aesthetic",
+            "LAION's aesthetic head on CLIP ViT-L/14; its weights are a file of yours",
+        ),
+        "hps": Entry(
+            "expunge.eval.metrics.human_preference:HumanPreference",
+            "HPSv2, what people prefer; its weights are a file of yours",
+        ),
+        "lpips": Entry(
+            "expunge.eval.metrics.perceptual:Perceptual",
+            "perceptual distance to the base's picture of the same seed",
+        ),
+        "distance": Entry(
+            "expunge.eval.metrics.pixel_distance:PixelDistance",
+            "pixel distance to the base's picture of the same seed",
+        ),
+        "vendi": Entry(
+            "expunge.eval.metrics.vendi:Vendi",
+            "diversity: how many different pictures there are, in effect",
+        ),
+        "memorisation": Entry(
+            "expunge.eval.metrics.memorisation:Memorisation",
+            "share of pictures that copy one of a folder",
+        ),
+        "bias": Entry(
+            "expunge.eval.metrics.bias:Bias",
+            "distribution bias, Jaccard hallucination or generative miss rate",
+        ),
     },
 )
 

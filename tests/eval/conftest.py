@@ -85,7 +85,12 @@ class Reader:
         self.batches: list[int] = []
 
     def protocol(self) -> dict[str, Any]:
-        return {"detector": "reader", "weights": "none", "blind to": self.blind_to}
+        return {
+            "detector": "reader",
+            "name": "reader",
+            "weights": "none",
+            "blind to": self.blind_to,
+        }
 
     def observe(self, images: Tensor) -> list[Observation]:
         self.batches.append(len(images))

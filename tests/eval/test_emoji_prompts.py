@@ -8,7 +8,7 @@ from expunge.errors import UserError
 from expunge.eval.cases import Case, Plan
 from expunge.eval.emoji_prompts import EmojiPrompts
 from expunge.eval.emoji_vocabulary import Vocabulary
-from expunge.eval.suite import Suite, load_suite, shipped
+from expunge.eval.suite import Suite, load_suite
 
 CONCEPTS = [
     ["a bomb"],
@@ -190,15 +190,6 @@ def test_an_implied_object_is_never_named_and_its_category_is(vocabulary: Vocabu
 def test_a_suite_without_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="without a group"):
         EmojiPrompts()
-
-
-def test_the_shipped_suites_load_and_say_what_they_are() -> None:
-    assert "emoji" in shipped()
-    for name, description in shipped().items():
-        suite = load_suite(name)
-        assert suite.name == name
-        assert suite.description == description
-        assert suite.sha256() == load_suite(name).sha256()
 
 
 def test_a_suite_that_is_not_there_is_refused() -> None:

@@ -54,7 +54,9 @@ def test_failures_of_the_detector_are_told(
     outcome = evaluate(painter("object/bomb"), plan.cases, suite.counters(), panel, store)
     failed = sum(score.seen is None for score in outcome.scores)
     assert failed
-    found = Evaluation(suite, plan, False, "x", "erased", outcome, evaluation.base, {})
+    found = Evaluation(
+        suite, plan, False, "x", "erased", outcome, evaluation.base, reader.protocol()
+    )
     text = markdown(found)
     assert f"{failed} of {len(plan.cases)} pictures of erased could not be judged" in text
     assert "this picture breaks the detector" in text

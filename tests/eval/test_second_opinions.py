@@ -100,7 +100,9 @@ def test_a_second_judge_that_fails_is_unknown(
     assert found.unknown > 0
     assert found.high == wilson(found.unknown, found.n + found.unknown)[1]
     assert base.metrics["target_seen"].unknown == 0
-    told = Evaluation(suite, plan, False, "x", "erased", base, base, {}, judges=panel.protocols())
+    told = Evaluation(
+        suite, plan, False, "x", "erased", base, base, reader.protocol(), judges=panel.protocols()
+    )
     assert to_dict(told)["judges"]["blind"]["blind to"] == ["object/bomb"]
     assert f"{found.unknown} of" in markdown(told)
 

@@ -1,0 +1,88 @@
+"""Memorisation: does a model copy pictures of a folder?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from expunge.eval.features import FEATURES, Extractor, extract
+from expunge.eval.metrics import Batch
+from expunge.eval.metrics.pictures import Gathered, PictureSettings, says
+from expunge.eval.metrics.set_distance import Values, features_of_folder
+from expunge.eval.metrics.shares import share
+from expunge.results import Measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorisation(PictureSettings):
+    """Share of pictures whose nearest of a folder has features of at least a cosine: copies.
+
+    s(x) = max over r of cos(f(x), f(r)) ≥ threshold (Somepalli et al., arXiv 2212.03860, with SSCD
+    features and a threshold of 0.5). No SSCD is among the extractors, and each of them has its own
+    scale, so there is no default: take the threshold from pictures that are known to be copies and
+    others that are not. The folder holds the pictures that must not come back, the training set's
+    for example. Of n pictures without a copy the interval still reaches 3.8 / n; it is the wider of
+    Wilson's and the cluster bootstrap's by prompt.
+    """
+
+    reference: Path = field(metadata={"help": "folder of pictures that may have been copied"})
+    threshold: float = field(metadata={"help": "cosine from which a picture is a copy"})
+    extractor: Annotated[Extractor, FEATURES] = field(metadata={"help": "whose features"})
+    meaning: str = says("pictures that copy one of the reference folder")
+
+    def __post_init__(self) -> None:
+        if not -1 < self.threshold <= 1:
+            raise ValueError(f"got threshold {self.threshold}; allowed: a cosine in (-1, 1]")
+
+    def open(self) -> MemorisationTally:
+        """Load the network, and look at the folder's pictures."""
+        return MemorisationTally(self)
+
+
+class MemorisationTally:
+    """Copies among one model's pictures."""
+
+    def __init__(self, settings: Memorisation) -> None:
+        self._settings, self._seen = settings, Gathered()
+        self._extractor = settings.extractor.open()
+        found, self._told = features_of_folder(settings.reference, self._extractor)
+        self._reference = unit(found)
+
+    def protocol(self) -> dict[str, Any]:
+        """Threshold, features and folder."""
+        return {
+            "metric": "memorisation",
+            "threshold": self._settings.threshold,
+            "features": self._extractor.protocol(),
+            "reference": self._told,
+        }
+
+    def update(self, batch: Batch) -> None:
+        """See pictures."""
+        X = unit(extract(self._extractor, batch.images).astype(np.float64))
+        self._seen.add(batch.cases, (X @ self._reference.T).max(1))
+
+    def compute(self) -> Measurement:
+        """The share of copies."""
+        if not len(self._seen):
+            return self._settings.measurement(None, unit="share")
+        cases, (nearest,) = self._seen.in_order()
+        # A picture has a cosine of 1 with itself, but for rounding.
+        copies = nearest + 1e-9 >= self._settings.threshold
+        return share(self._settings, cases, copies.tolist())
+
+
+def unit(X: Values) -> Values:
+    """Rows at unit length.
+
+    Raises:
+        FloatingPointError: A row of zeros, which has no direction.
+    """
+    length = np.linalg.norm(X, axis=1, keepdims=True)
+    if not length.all():
+        raise FloatingPointError("got features that are all zero, which have no direction")
+    found: Values = X / length
+    return found

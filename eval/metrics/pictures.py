@@ -1,0 +1,101 @@
+"""What metrics that look at pictures share: their settings, and the numbers of each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expunge.eval.cases import Case
+from expunge.eval.significance import cluster_bootstrap
+from expunge.results import Measurement
+
+
+def good(higher: bool) -> Any:
+    """The field `higher_is_better` with a metric's own default."""
+    return field(default=higher, metadata={"help": "the direction of the good"})
+
+
+def says(text: str) -> Any:
+    """The field `meaning` with a metric's own default."""
+    return field(default=text, metadata={"help": "what the metric says, for reports"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """Settings of every metric that looks at pictures."""
+
+    higher_is_better: bool = good(False)
+    meaning: str = says("")
+    groups: list[str] = field(
+        default_factory=list, metadata={"help": "prompt groups whose pictures it sees; empty: all"}
+    )
+
+    def measurement(
+        self,
+        value: float | None,
+        interval: tuple[float | None, float | None] = (None, None),
+        n: int = 0,
+        unit: Literal["share", "number"] = "number",
+    ) -> Measurement:
+        """A number with this metric's direction."""
+        return Measurement(value, *interval, n, self.higher_is_better, unit=unit)
+
+    def mean(self, seen: Gathered) -> Measurement:
+        """The mean of a number of each picture, prompts drawn with replacement for its interval.
+
+        Without a picture there is no number, with a single one no interval.
+        """
+        if not len(seen):
+            return self.measurement(None)
+        cases, (column,) = seen.in_order()
+        values = column.astype(np.float64)
+        clusters = clusters_of(cases)
+        interval: tuple[float | None, float | None] = (None, None)
+        if len(set(clusters)) > 1:
+            interval = cluster_bootstrap(values.tolist(), clusters)
+        return self.measurement(float(values.mean()), interval, len(values))
+
+
+class Gathered:
+    """Rows of numbers of the pictures seen so far, in an order that nobody's batches decide."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Case, tuple[Any, ...]]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, cases: Sequence[Case], *columns: NDArray[Any]) -> None:
+        """Add B pictures with B entries of each column: all of them, or with an error none.
+
+        Raises:
+            ValueError: A column of another length.
+            FloatingPointError: A NaN or an infinity.
+        """
+        for column in columns:
+            if len(column) != len(cases):
+                raise ValueError(f"got {len(column)} numbers of {len(cases)} pictures")
+            if not np.isfinite(column).all():
+                raise FloatingPointError("got numbers that are NaN or infinite")
+        self._rows.extend(zip(cases, zip(*columns, strict=True), strict=True))
+
+    def in_order(self) -> tuple[list[Case], list[NDArray[Any]]]:
+        """The pictures by group, prompt and seed, and their columns in this order."""
+        rows = sorted(self._rows, key=lambda row: _key(row[0]))
+        return [case for case, _ in rows], [
+            np.stack(column) for column in zip(*(row for _, row in rows), strict=True)
+        ]
+
+
+def clusters_of(cases: Sequence[Case]) -> list[Hashable]:
+    """What is drawn or left out as a whole: prompts; of a single prompt, its pictures."""
+    prompts: list[Hashable] = [case.prompt for case in cases]
+    return prompts if len(set(prompts)) > 1 else list(range(len(cases)))
+
+
+def _key(case: Case) -> tuple[Any, ...]:
+    return case.group, case.prompt, case.seed, case.about, repr(case.sampling)

@@ -1,0 +1,126 @@
+"""How far a model's pictures are, as a set, from the base's or from those of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from expunge.eval.features import FEATURES, Extractor, OpenExtractor, extract
+from expunge.eval.features.inception import InceptionFeatures
+from expunge.eval.metrics import Batch
+from expunge.eval.metrics.jackknife import folds_of, jackknife_interval
+from expunge.eval.metrics.pictures import Gathered, PictureSettings
+from expunge.pictures import picture_files, read_picture
+from expunge.results import Measurement
+
+Values = NDArray[np.float64]
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDistance(PictureSettings, ABC):
+    """A distance between two sets of features X (n, D) and Y (m, D)."""
+
+    extractor: Annotated[Extractor, FEATURES] = field(
+        default_factory=InceptionFeatures, metadata={"help": "whose features"}
+    )
+    reference: Path | None = field(
+        default=None,
+        metadata={"help": "folder of pictures; null: the base's of the same prompts and seeds"},
+    )
+
+    @abstractmethod
+    def scale(self) -> dict[str, Any]:
+        """Name and constants of the distance."""
+
+    @abstractmethod
+    def distance(
+        self, X: Values, Y: Values, folds: NDArray[np.int64], paired: bool
+    ) -> tuple[float, list[float]] | None:
+        """The distance, and the distances without each fold.
+
+        Args:
+            X: The model's features.
+            Y: The reference's; if paired, row i is of the same prompt and seed as X's.
+            folds: The fold of each row of X, and if paired of Y; a folder's pictures always stay.
+            paired: Whether the reference is the base.
+
+        Returns:
+            None if there are too few pictures.
+        """
+
+    def open(self) -> SetDistanceTally:
+        """Load the network, and look at the reference's pictures."""
+        return SetDistanceTally(self)
+
+
+class SetDistanceTally:
+    """One model's features and its reference's."""
+
+    def __init__(self, settings: SetDistance) -> None:
+        self._settings = settings
+        self._extractor = settings.extractor.open()
+        self._seen = Gathered()
+        self._reference: Values | None = None
+        self._told: Any = "the base's pictures of the same prompts and seeds"
+        if settings.reference is not None:
+            self._reference, self._told = features_of_folder(settings.reference, self._extractor)
+
+    def protocol(self) -> dict[str, Any]:
+        """Distance, features and reference."""
+        return {
+            **self._settings.scale(),
+            "features": self._extractor.protocol(),
+            "reference": self._told,
+        }
+
+    def update(self, batch: Batch) -> None:
+        """See pictures; those of the base itself are compared with a folder's alone."""
+        if self._reference is not None:
+            self._seen.add(batch.cases, extract(self._extractor, batch.images))
+        elif batch.base is not None:
+            X, Y = (extract(self._extractor, images) for images in (batch.images, batch.base))
+            self._seen.add(batch.cases, X, Y)
+
+    def compute(self) -> Measurement:
+        """The distance, with the jackknife's interval over prompts."""
+        settings, n = self._settings, len(self._seen)
+        if not n:
+            return settings.measurement(None)
+        cases, columns = self._seen.in_order()
+        paired = self._reference is None
+        Y = columns[1].astype(np.float64) if self._reference is None else self._reference
+        found = settings.distance(columns[0].astype(np.float64), Y, folds_of(cases), paired)
+        if found is None:
+            return settings.measurement(None, n=n)
+        value, without = found
+        return settings.measurement(value, jackknife_interval(value, without), n)
+
+
+def features_of_folder(folder: Path, extractor: OpenExtractor) -> tuple[Values, dict[str, Any]]:
+    """Features of all pictures of a folder, by name, and what to tell of them.
+
+    Raises:
+        UserError: There is no picture, or a broken one.
+    """
+    files, digest = picture_files(folder), hashlib.sha256()
+    rows, waiting = [], list[Tensor]()
+    for file in tqdm(files, desc="reference", unit="image", disable=None):
+        digest.update(file.read_bytes())
+        picture = read_picture(file)
+        if waiting and (waiting[0].shape != picture.shape or len(waiting) == BATCH):
+            rows.append(extract(extractor, torch.stack(waiting)))
+            waiting.clear()
+        waiting.append(picture)
+    rows.append(extract(extractor, torch.stack(waiting)))
+    told = {"pictures": len(files), "sha256": digest.hexdigest()}
+    return np.concatenate(rows).astype(np.float64), told
