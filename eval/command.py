@@ -203,7 +203,7 @@ def _run(
     print_table(evaluation)
     for note in store.notes:
         print(f"note: {note}")
-    print(f"{config.output_dir}: report.md, report.json, scores.json, grid.png")
+    print(f"{config.output_dir}: report.html, report.md, report.json, scores.json, grid.png")
     return report
 
 

@@ -1,7 +1,8 @@
-"""The files of an evaluation: report.json, scores.json, report.md, grid.png and the final table."""
+"""The files of an evaluation: report.json, scores.json, .md, .html, grid.png, the final table."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from expunge.eval.card import model_index
 from expunge.eval.cases import Case, Plan, Seen
 from expunge.eval.detectors import protocol_id
 from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.harness import Outcome, Score
+from expunge.eval.page import evaluation_page
+from expunge.eval.runs import SCHEMA_VERSION, Run
 from expunge.eval.significance import Paired, compare_answers, holm
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
@@ -21,12 +25,12 @@ from expunge.pictures import save_png
 from expunge.results import (
     Measurement,
     provenance,
+    sha256_file,
     sha256_json,
     write_json_atomic,
     write_text_atomic,
 )
 
-SCHEMA_VERSION = 1
 COLUMNS = 8
 _STORED_FROM = 0.01
 
@@ -115,9 +119,18 @@ def write_report(evaluation: Evaluation, store: ImageStore, folder: Path) -> dic
     """
     sheet = _contact_sheet(evaluation, store)
     save_png(sheet, folder / "grid.png")
-    write_json_atomic(folder / "scores.json", _scores(evaluation))
+    scores = _scores(evaluation)
+    write_json_atomic(folder / "scores.json", scores)
     write_text_atomic(folder / "report.md", markdown(evaluation))
-    report = to_dict(evaluation) | {"provenance": provenance()}
+    files = {
+        "images": os.path.relpath(store.root, folder),
+        "scores_sha256": sha256_file(folder / "scores.json"),
+    }
+    report = to_dict(evaluation) | {"provenance": provenance() | files}
+    page = evaluation_page(Run(folder, report, scores["rows"], store.root))
+    write_text_atomic(folder / "report.html", page)
+    if not evaluation.smoke:
+        write_text_atomic(folder / "model-index.yaml", model_index(report))
     write_json_atomic(folder / "report.json", report)
     return report
 
@@ -137,6 +150,8 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "smoke": evaluation.smoke,
         "title": evaluation.title,
         "concept": {"texts": list(plan.tested.texts), "labels": list(plan.tested.labels)},
+        "groups": dict(suite.groups),
+        "meanings": {name: metric.meaning for name, metric in suite.metrics.items()},
         "metrics": {
             name: {"id": evaluation.metric_id(name)} | m.to_dict()
             for name, m in evaluation.outcome.metrics.items()

@@ -29,6 +29,9 @@ VERBS = Registry(
             "expunge.feedback.command:main", "turn yes and no about pictures into a soft token"
         ),
         "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
+        "compare": Entry(
+            "expunge.eval.compare:main", "evaluations beside each other, on the same pictures"
+        ),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
     },

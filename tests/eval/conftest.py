@@ -7,7 +7,8 @@ with random weights.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,65 @@ def tiny_lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     concept = {"name": "bomb", "targets": ["a bomb"]}
     adapters.save(pipeline, folder, {"concept": concept, "objective": "none"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders a and b: the bundled model with two samplers, few steps, its own judge, one store."""
+    import yaml
+
+    import expunge.eval.suites
+    from expunge.cli import main
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("evaluations")
+    shipped = Path(str(expunge.eval.suites.__path__[0])) / "emoji.yaml"
+    quick = yaml.safe_load(shipped.read_text()) | {"steps": 5}
+    (root / "quick.yaml").write_text(yaml.safe_dump(quick, sort_keys=False))
+    common = ["--suite", str(root / "quick.yaml"), "--concept", "bomb", "--limit", "2"]
+    for name, sampler in (("a", "negative_prompt"), ("b", "safree")):
+        folders = ["--output_dir", str(root / name), "--store", str(root / "images")]
+        assert main(["eval", *common, "--sampler", sampler, *folders]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    driver = pytest.importorskip("playwright.sync_api")
+    with driver.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[[Path], tuple[Any, list[str]]]]:
+    """Opens a file without a network: the page, and all that it asked others for."""
+    contexts = []
+
+    def opener(file: Path) -> tuple[Any, list[str]]:
+        context = browser.new_context(viewport={"width": 1200, "height": 900})
+        contexts.append(context)
+        context.set_offline(True)
+        asked: list[str] = []
+        page = context.new_page()
+
+        def refuse(route: Any) -> None:
+            if route.request.url.startswith(("file:", "data:")):
+                route.continue_()
+            else:
+                asked.append(route.request.url)
+                route.abort()
+
+        context.route("**/*", refuse)
+        page.on("pageerror", lambda error: pytest.fail(f"the page's script failed: {error}"))
+        page.goto(file.resolve().as_uri())
+        return page, asked
+
+    yield opener
+    for context in contexts:
+        context.close()
