@@ -29,6 +29,9 @@ VERBS = Registry(
             "expunge.feedback.command:main", "turn yes and no about pictures into a soft token"
         ),
         "eval": Entry("expunge.eval.command:main", "measure what is erased and what is kept"),
+        "attack": Entry(
+            "expunge.eval.attacks.command:main", "try to make an erased model draw it after all"
+        ),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
     },
@@ -50,6 +53,7 @@ TABLES = Registry(
         "suites": Entry("expunge.eval.suite:shipped", "evaluation suites, for --suite"),
         "detectors": Entry("expunge.eval.detectors:DETECTORS", "judges that a suite can use"),
         "metrics": Entry("expunge.eval.metrics:METRICS", "what a suite can count"),
+        "attacks": Entry("expunge.eval.attacks:ATTACKS", "ways to bring a concept back"),
     },
 )
 
