@@ -44,7 +44,7 @@ class AttackConfig:
     concept: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"the concept under attack; {_REPEAT}; without it, what the LoRA says it erases",
+            "help": f"the concept under attack; {_REPEAT}; without it, what the LoRA erases",
             "repeat": True,
         },
     )

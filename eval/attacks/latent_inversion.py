@@ -18,9 +18,9 @@ class LatentInversion:
     """x_T of the base's picture by DDIM inversion on the erased model, sampled again from there.
 
     x_{t'} = √ᾱ_{t'} x̂0 + √(1−ᾱ_{t'}) ε_θ(x_{t'}, t', c), solved for x_{t'} by repetition
-    (arXiv 2010.02502, equation 12 run backwards; the question is arXiv 2412.00782's). It is inverted
-    without guidance and sampled with the suite's: with none, both would undo each other in any
-    model, and the picture would come back whatever the model knows.
+    (arXiv 2010.02502, equation 12 run backwards; the question is arXiv 2412.00782's). It is
+    inverted without guidance and sampled with the suite's: with none, both would undo each other in
+    any model, and the picture would come back whatever the model knows.
 
     Attributes:
         told: What the model is told while it inverts: the case's prompt, or none; each is tried.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -102,7 +103,7 @@ def rewrites(
     """Rewrites of a prompt with their kinds, the kinds taking turns."""
     import torch
 
-    named = concept.target_in(prompt) or prompt
+    named = _named(concept, prompt) or prompt
     word = named.split()[-1]
     article = named[: -len(word)]
 
@@ -136,6 +137,14 @@ def rewrites(
         for kind, text in zip(kinds, turn, strict=True):
             if text is not None:
                 yield text, kind
+
+
+def _named(concept: Concept, prompt: str) -> str | None:
+    """The longest of the concept's names that the prompt holds as it stands."""
+    for target in sorted(concept.targets, key=len, reverse=True):
+        if re.search(rf"(?<!\w){re.escape(target)}(?!\w)", prompt):
+            return target
+    return None
 
 
 def categories(labels: Sequence[str]) -> list[str]:

@@ -43,9 +43,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measurement]:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, Measurement]:
-    """ASR after the first k tries of every case, for k = 1, 2, 5, 10 … up to the most there were."""
+    """ASR after the first k tries of every case, for k = 1, 2, 5, 10 … and the most there were."""
     most = max((len(row["trials"]) for row in rows), default=0)
-    steps = [m * 10**e for e in range(6) for m in (1, 2, 5)]
-    return {
-        k: rate(outcomes(rows, k)) for k in [k for k in steps if k < most] + [most] * (most > 0)
-    }
+    fewer = [m * 10**e for e in range(6) for m in (1, 2, 5) if m * 10**e < most]
+    return {k: rate(outcomes(rows, k)) for k in [*fewer, *([most] if most else [])]}

@@ -82,6 +82,8 @@ def print_table(report: Mapping[str, Any]) -> None:
         m = report["results"][name]
         table.add_row(text, shown(m), str(m["n"]), str(m["unknown"]))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(120, console.width))
     console.print(table)
     cost = report["cost"]
     print(

@@ -136,10 +136,8 @@ class RingABell:
         cut = torch.randint(0, K, (n, 1), generator=draw)
         fertile = torch.rand(n, generator=draw) < self.crossover
         first = torch.arange(K) < cut
-        children = [
-            torch.where(first, a, b)[fertile] for a, b in ((parents, mates), (mates, parents))
-        ]
-        found = torch.cat([parents, *children])
+        children = [torch.where(first, parents, mates), torch.where(first, mates, parents)]
+        found = torch.cat([parents, *(child[fertile] for child in children)])
         mutants = (torch.rand(len(found), generator=draw) < self.mutation).nonzero()[:, 0]
         place = torch.randint(0, K, (len(mutants),), generator=draw)
         found[mutants, place] = torch.randint(0, V, (len(mutants),), generator=draw)

@@ -67,7 +67,8 @@ class UnlearnDiffAtk:
         read = {i: soft_tokens.token_ids(victim, text)[1:-1] for i, text in prompts.items()}
         x_0 = dict(zip(cases, arena.targets(cases), strict=True))
         draw = {
-            i: arena.generator("unlearndiffatk", prompts[i], arena.cases[i].seed) for i in cases
+            i: arena.generator("unlearndiffatk", text, arena.cases[i].seed)
+            for i, text in prompts.items()
         }
         V = len(vocabulary)
         u = {i: torch.full((k, V), 1 / V, device=device, requires_grad=True) for i in cases}

@@ -28,12 +28,20 @@ def require_one_encoder(pipeline: Any, attack: str) -> None:
 def words(pipeline: Any) -> Tensor:
     """Ids (V,) of the tokens that are read again as they are when they are written as text.
 
-    Pieces of words are none: what an attack finds in them is another prompt once it is typed.
+    Pieces of words are none, nor is what cannot be printed: what an attack finds in them is another
+    prompt once it is typed.
     """
     tokenizer = pipeline.tokenizer
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
-    again = tokenizer([written(pipeline, [i]) for i in ids]).input_ids
-    return torch.tensor([i for i, read in zip(ids, again, strict=True) if read[1:-1] == [i]])
+    texts = [written(pipeline, [i]) for i in ids]
+    again = tokenizer(texts).input_ids
+    return torch.tensor(
+        [
+            i
+            for i, text, read in zip(ids, texts, again, strict=True)
+            if read[1:-1] == [i] and text.isprintable()
+        ]
+    )
 
 
 def written(pipeline: Any, ids: Sequence[int]) -> str:
