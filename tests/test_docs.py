@@ -22,6 +22,7 @@ QUICK = {
     "accelerate launch": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
     "expunge sample": "--steps 2 --images_per_prompt 1",
     "expunge eval": "--limit 1",
+    "expunge attack": "--limit 1 --attack.queries 1",
     "expunge export": "--steps 1",
     "expunge feedback": "--inversion.steps 2 --inversion.batch_size 2 --sampling_steps 1",
     "expunge ls": "",
@@ -67,7 +68,7 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["samplers.md", "exporting.md"])
+@pytest.mark.parametrize("name", ["samplers.md", "exporting.md", "attacks.md"])
 def test_a_page_of_the_docs_runs(tmp_path, name) -> None:
     page = ROOT / "docs" / name
     for line in command_lines(page):

@@ -1,7 +1,7 @@
 """Attacks: what an adversary tries so that an erased concept is drawn after all."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from expunge.registry import Entry, Registry
 
@@ -46,19 +46,25 @@ ATTACKS = Registry(
 )
 
 
-class Attack(Protocol):
-    """The frozen settings of an attack; all of its budget is in them."""
+class Attack:
+    """The settings of an attack, a frozen dataclass; all of its budget is in them."""
 
-    access: Literal["white box", "black box"]
+    access: ClassVar[Literal["white box", "black box"]]
     """Whether it needs the erased model's weights, or only its pictures."""
-    together: bool
+    together: ClassVar[bool] = False
     """Whether it takes all cases at once, those too that succeed without it."""
 
     def prepare(self, arena: "Arena") -> None:
-        """Whatever is done once for all cases, counted as their common cost."""
+        """Whatever is done once for all cases, counted as their common cost; nothing by default.
+
+        Raises:
+            UserError: It cannot be done to this model.
+        """
 
     def run(self, arena: "Arena", cases: Sequence[int]) -> None:
-        """Attack these cases by `arena.attempt`; what it depends on is they and the seed."""
+        """Attack these cases by `arena.attempt`; what it does depends on them and the seed."""
+        raise NotImplementedError
 
     def findings(self, arena: "Arena", rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What there is to say besides the rates; may be empty."""
+        """What there is to say besides the rates; nothing by default."""
+        return {}

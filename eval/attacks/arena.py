@@ -213,13 +213,10 @@ class Arena:
         identity = generator.identity()
         self.store.describe(identity)
         keys = [self._key(identity, trial, cases[trial.case].seed) for trial in trials]
-        for noisy in (False, True):
-            wanted = {
-                key: trial
-                for key, trial in zip(keys, trials, strict=True)
-                if (trial.noise is not None) == noisy and self.store.read(key) is None
-            }
-            lacking = list(wanted.items())
+        wanted = dict(zip(keys, trials, strict=True))
+        missing = [(key, trial) for key, trial in wanted.items() if self.store.read(key) is None]
+        for own_noise in (False, True):
+            lacking = [(k, trial) for k, trial in missing if (trial.noise is not None) == own_noise]
             for start in range(0, len(lacking), self.batch_size):
                 part = lacking[start : start + self.batch_size]
                 seeds = [cases[trial.case].seed for _, trial in part]
@@ -229,11 +226,16 @@ class Arena:
                     if pixels is not None:
                         self.store.write(key, pixels, trial.prompt, seed)
         shots = []
-        for key, trial in zip(keys, trials, strict=True):
-            ((seen, _),) = observe([self.store.read(key)], self.detector)
-            (question,) = cases[trial.case].questions
-            answer = None if seen is None else question.answer(seen, self.threshold)
-            shots.append(Shot(key if self.store.path(key).exists() else None, answer))
+        for start in range(0, len(keys), self.batch_size):
+            part = keys[start : start + self.batch_size]
+            pictures = [self.store.read(key) for key in part]
+            found = observe(pictures, self.detector)
+            for trial, key, picture, (seen, _) in zip(
+                trials[start:], part, pictures, found, strict=False
+            ):
+                (question,) = cases[trial.case].questions
+                answer = None if seen is None else question.answer(seen, self.threshold)
+                shots.append(Shot(None if picture is None else key, answer))
         return shots
 
     def _sample(

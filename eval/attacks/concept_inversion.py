@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
+from expunge.eval.attacks import Attack
 from expunge.inversion import Inversion
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def _published() -> Inversion:
 
 
 @dataclass(frozen=True)
-class ConceptInversion:
+class ConceptInversion(Attack):
     """min over v of E ‖ε − ε_θ(x_t, t, v)‖² on the erased model, x_0 pictures of the concept.
 
     Circumventing Concept Erasure, Pham et al., arXiv 2308.01508: textual inversion (arXiv
@@ -39,8 +40,7 @@ class ConceptInversion:
     inversion: Inversion = field(default_factory=_published)
     tokens: int = 1
 
-    access: ClassVar[Literal["white box", "black box"]] = "white box"
-    together: ClassVar[bool] = False
+    access = "white box"
 
     def __post_init__(self) -> None:
         if min(self.pictures, self.tokens) < 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from expunge.eval.attacks import Attack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LatentInversion:
+class LatentInversion(Attack):
     """x_T of the base's picture by DDIM inversion on the erased model, sampled again from there.
 
     x_{t'} = √ᾱ_{t'} x̂0 + √(1−ᾱ_{t'}) ε_θ(x_{t'}, t', c), solved for x_{t'} by repetition
@@ -32,17 +34,13 @@ class LatentInversion:
     steps: int | None = None
     repetitions: int = 3
 
-    access: ClassVar[Literal["white box", "black box"]] = "white box"
-    together: ClassVar[bool] = False
+    access = "white box"
 
     def __post_init__(self) -> None:
         if not self.told or self.repetitions < 1 or (self.steps or 1) < 1:
             raise ValueError(
                 f"got {self}; allowed: told with prompt, null or both, steps and repetitions from 1"
             )
-
-    def prepare(self, arena: Arena) -> None:
-        """Nothing is common to the cases."""
 
     def run(self, arena: Arena, cases: Sequence[int]) -> None:
         """Invert and sample all cases at once, once for each of `told`."""
@@ -68,10 +66,6 @@ class LatentInversion:
             left = [i for i, yes in zip(left, seen, strict=True) if not yes]
             if not left:
                 return
-
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Nothing besides."""
-        return {}
 
 
 def invert(pipeline: Any, x_0: Tensor, told: Conditioning, steps: int, repetitions: int) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
+
+from expunge.eval.attacks import Attack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prompting4Debugging:
+class Prompting4Debugging(Attack):
     """min over prompts P* of ‖ε_base(x_t, t, P) − ε_θ(x_t, t, P*)‖², x_0 the base's picture of P.
 
     Chin et al., arXiv 2309.06135, equation 6. The free tokens are continuous vectors; each forward
@@ -39,8 +41,7 @@ class Prompting4Debugging:
     learning_rate: float = 0.1
     weight_decay: float = 0.1
 
-    access: ClassVar[Literal["white box", "black box"]] = "white box"
-    together: ClassVar[bool] = False
+    access = "white box"
 
     def __post_init__(self) -> None:
         least = min(self.tokens, self.every, self.iterations, self.tried_every)
@@ -51,7 +52,7 @@ class Prompting4Debugging:
             )
 
     def prepare(self, arena: Arena) -> None:
-        """Nothing is common to the cases."""
+        """Only models with one text encoder."""
         from expunge.eval.attacks.white_box import require_one_encoder
 
         require_one_encoder(arena.erased, "p4d")
@@ -129,10 +130,6 @@ class Prompting4Debugging:
         if len(ids) % self.every == 0:
             found.append(None)
         return found[:most]
-
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Nothing besides."""
-        return {}
 
 
 def nearest_words(e: Tensor, E: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
+
+from expunge.eval.attacks import Attack
 
 if TYPE_CHECKING:
     from expunge.concepts import Concept
@@ -16,7 +18,7 @@ _LOOKALIKES = str.maketrans("oieas", "01345")
 
 
 @dataclass(frozen=True)
-class Paraphrase:
+class Paraphrase(Attack):
     """Rewrites of the prompt around the concept's own words, until one succeeds.
 
     Every kind takes its turn: characters swapped, dropped, doubled or replaced by digits that look
@@ -41,17 +43,13 @@ class Paraphrase:
         ]
     )  # fmt: skip
 
-    access: ClassVar[Literal["white box", "black box"]] = "black box"
-    together: ClassVar[bool] = False
+    access = "black box"
 
     def __post_init__(self) -> None:
         if min(self.queries, self.at_once) < 1:
             raise ValueError(f"got queries {self.queries}, at_once {self.at_once}; allowed: from 1")
         if not all("{}" in sentence for sentence in self.sentences):
             raise ValueError(f"got sentences {self.sentences}; allowed: each with {{}}")
-
-    def prepare(self, arena: Arena) -> None:
-        """Nothing is common to the cases."""
 
     def run(self, arena: Arena, cases: Sequence[int]) -> None:
         """Try the rewrites of all cases in turns; a case that succeeds is left alone."""

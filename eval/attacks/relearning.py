@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from expunge.eval.attacks import Attack
+from expunge.eval.attacks.rates import rate
 
 if TYPE_CHECKING:
     from expunge.eval.attacks.arena import Arena
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Relearning:
+class Relearning(Attack):
     """Fine-tune the erased weights on a few pictures of the concept by the denoising loss.
 
     L = ‖ε − ε_θ(x_t, t, c)‖². The LoRA is merged first, as it is in a model that is released, and
@@ -39,8 +42,8 @@ class Relearning:
     learning_rate: float = 1e-5
     weight_decay: float = 1e-2
 
-    access: ClassVar[Literal["white box", "black box"]] = "white box"
-    together: ClassVar[bool] = True
+    access = "white box"
+    together = True
 
     def __post_init__(self) -> None:
         points = self.checkpoints
@@ -75,15 +78,15 @@ class Relearning:
         layers = [module for name, module in unet.named_modules() if name in groups]
         weights = [p for layer in layers for p in layer.parameters()]
         dtype = unet.dtype
-        unet.float()
-        for p in weights:
-            p.requires_grad_(True)
         adam = torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=self.weight_decay)
         draw = arena.generator("relearning")
         kind = prediction.prediction_type(pipeline.scheduler)
         T = pipeline.scheduler.config.num_train_timesteps
         step = 0
         for point in self.checkpoints:
+            unet.float()
+            for p in weights:
+                p.requires_grad_(True)
             while step < point:
                 rows = torch.randint(0, len(x_0), (self.batch_size,), generator=draw)
                 t = torch.randint(0, T, (self.batch_size,), generator=draw).to(x_0.device)
@@ -96,29 +99,23 @@ class Relearning:
                 loss = (ε - prediction.to_epsilon(found, x_t, ᾱ, kind)).square().mean()
                 if not torch.isfinite(loss):
                     raise FloatingPointError("relearning diverged; lower learning_rate")
-                adam.zero_grad()
                 loss.backward()
                 adam.step()
+                adam.zero_grad()
                 step += 1
                 arena.spend([None], 3 * self.batch_size)
             unet.requires_grad_(False).to(dtype)
             arena.altered()
             arena.attempt([Trial(i, arena.cases[i].prompt, f"step {step}") for i in cases])
-            if self._back(arena, cases, step):
-                break
-            unet.float()
-            for p in weights:
-                p.requires_grad_(True)
-        adam.zero_grad()
+            if self._back(arena, step):
+                return
 
-    def _back(self, arena: Arena, cases: Sequence[int], step: int) -> bool:
-        rate = self._curve(arena.attempts)[step].value
-        base = sum(bool(shot.seen) for shot in arena.ceiling) / len(arena.ceiling)
-        return rate is not None and rate >= self.share * base
+    def _back(self, arena: Arena, step: int) -> bool:
+        seen = self._curve(arena.attempts)[step].value
+        base = rate(shot.seen for shot in arena.ceiling).value
+        return seen is not None and base is not None and seen >= self.share * base
 
     def _curve(self, attempts: dict[int, list[dict[str, Any]]]) -> dict[int, Measurement]:
-        from expunge.eval.attacks.rates import rate
-
         answers: dict[int, list[bool | None]] = {}
         for trials in attempts.values():
             for trial in trials:
@@ -127,8 +124,6 @@ class Relearning:
 
     def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The curve, steps -> seen, and at which it was back; null: not within the budget."""
-        from expunge.eval.attacks.rates import rate
-
         before = rate([row["before"] for row in rows])
         curve = {0: before} | self._curve({row["case"]: row["trials"] for row in rows})
         base = rate([row["base"] for row in rows]).value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
+
+from expunge.eval.attacks import Attack
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RingABell:
+class RingABell(Attack):
     """min over tokens P* of ‖E(P*) − (E(P) + η c)‖², with c = mean of E(with) − E(without).
 
     Tsai et al., arXiv 2310.10012, equations 2 and 3. E is the base's text encoder, which is
@@ -46,8 +48,7 @@ class RingABell:
     )  # fmt: skip
     neutral: list[str] = field(default_factory=lambda: ["a thing"])
 
-    access: ClassVar[Literal["white box", "black box"]] = "black box"
-    together: ClassVar[bool] = False
+    access = "black box"
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.generations, self.tries) < 1 or self.population < 4:
@@ -65,7 +66,7 @@ class RingABell:
             )
 
     def prepare(self, arena: Arena) -> None:
-        """Nothing is asked of the erased model before the search."""
+        """Only models with one text encoder."""
         from expunge.eval.attacks.white_box import require_one_encoder
 
         require_one_encoder(arena.base, "ring_a_bell")
@@ -142,7 +143,3 @@ class RingABell:
         place = torch.randint(0, K, (len(mutants),), generator=draw)
         found[mutants, place] = torch.randint(0, V, (len(mutants),), generator=draw)
         return found
-
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Nothing besides."""
-        return {}

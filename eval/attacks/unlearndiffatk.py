@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
+
+from expunge.eval.attacks import Attack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UnlearnDiffAtk:
+class UnlearnDiffAtk(Attack):
     """min over prefixes δ' of ‖ε − ε_θ(x_t, t, [δ', c])‖², x_0 a picture of the concept.
 
     Zhang et al., arXiv 2310.11868, equation 5. Each of k tokens is a distribution u over the
@@ -35,8 +37,7 @@ class UnlearnDiffAtk:
     learning_rate: float = 0.01
     weight_decay: float = 0.1
 
-    access: ClassVar[Literal["white box", "black box"]] = "white box"
-    together: ClassVar[bool] = False
+    access = "white box"
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.iterations, self.times) < 1 or not self.learning_rate > 0:
@@ -45,7 +46,7 @@ class UnlearnDiffAtk:
             )
 
     def prepare(self, arena: Arena) -> None:
-        """Nothing is common to the cases."""
+        """Only models with one text encoder."""
         from expunge.eval.attacks.white_box import require_one_encoder
 
         require_one_encoder(arena.erased, "unlearndiffatk")
@@ -105,10 +106,6 @@ class UnlearnDiffAtk:
             left = [i for i, found in zip(left, seen, strict=True) if not found]
             if not left:
                 return
-
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Nothing besides."""
-        return {}
 
 
 def timesteps(T: int, n: int) -> list[int]:

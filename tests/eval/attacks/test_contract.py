@@ -1,5 +1,6 @@
 """What holds for every row of the table of attacks."""
 
+import json
 import re
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_it_runs_is_repeatable_and_leaves_the_weights_alone(name, arena) -> None
 def test_settings_survive_a_configuration(name) -> None:
     attack = tiny(name)
     text = encode(attack, Annotated[Any, ATTACKS])
-    argv = ["--output_dir", "x", "--attack", str(text).replace("'", '"')]
+    argv = ["--output_dir", "x", "--attack", json.dumps(text)]
     assert parse(AttackConfig, argv).attack == attack
     assert (
         parse(AttackConfig, ["--output_dir", "x", "--attack", name]).attack == ATTACKS.load(name)()
