@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,7 @@ class Arena:
         """Whether the concept is seen when the erased model samples these; each is recorded."""
         shots = self._draw("erased", trials)
         for trial, shot in zip(trials, shots, strict=True):
-            record = {"prompt": trial.prompt, "said": trial.said}
-            record |= {"seen": shot.seen, "picture": shot.picture}
+            record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
             self.attempts.setdefault(trial.case, []).append(record)
         self.spend([trial.case for trial in trials], self.picture_passes)
         return [shot.seen for shot in shots]
@@ -220,18 +219,17 @@ class Arena:
             for start in range(0, len(lacking), self.batch_size):
                 part = lacking[start : start + self.batch_size]
                 seeds = [cases[trial.case].seed for _, trial in part]
-                for (key, trial), seed, pixels in zip(
-                    part, seeds, self._sample(generator, [t for _, t in part], seeds), strict=True
-                ):
+                made = self._sample(generator, [trial for _, trial in part], seeds)
+                for (key, trial), seed, pixels in zip(part, seeds, made, strict=True):
                     if pixels is not None:
                         self.store.write(key, pixels, trial.prompt, seed)
         shots = []
         for start in range(0, len(keys), self.batch_size):
-            part = keys[start : start + self.batch_size]
-            pictures = [self.store.read(key) for key in part]
+            judged = keys[start : start + self.batch_size]
+            pictures = [self.store.read(key) for key in judged]
             found = observe(pictures, self.detector)
             for trial, key, picture, (seen, _) in zip(
-                trials[start:], part, pictures, found, strict=False
+                trials[start:], judged, pictures, found, strict=False
             ):
                 (question,) = cases[trial.case].questions
                 answer = None if seen is None else question.answer(seen, self.threshold)

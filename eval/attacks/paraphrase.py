@@ -73,7 +73,7 @@ class Paraphrase(Attack):
         prompt = arena.cases[i].prompt
         draw = arena.generator("paraphrase", prompt, arena.cases[i].seed)
         known = {tuple(token_ids(arena.base, prompt))}
-        found = []
+        found: list[tuple[str, str]] = []
         for text, kind in rewrites(prompt, arena.concept, synonyms, self.sentences, draw):
             ids = tuple(token_ids(arena.base, text))
             if ids not in known and len(found) < self.queries:

@@ -102,7 +102,8 @@ class RingABell(Attack):
         pairs = [(s, n) for s in self.sentences for n in self.neutral]
         named = backbones.encode_prompts(arena.base, [s.replace("{}", text) for s, _ in pairs])
         plain = backbones.encode_prompts(arena.base, [s.replace("{}", n) for s, n in pairs])
-        return (named - plain).mean(0)
+        c: Tensor = (named - plain).mean(0)
+        return c
 
     def search(
         self, pipeline: Any, target: Tensor, vocabulary: Tensor, draw: torch.Generator

@@ -46,7 +46,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     # Of 232 words and 128 dimensions the decay of 0.1 is more than the gradient.
     "unlearndiffatk": {"times": 5, "learning_rate": 0.2, "weight_decay": 0.0},
     "p4d": {"iterations": 150},
-    "ring_a_bell": {"generations": 150, "tries": 3},
+    "ring_a_bell": {"generations": 100, "tries": 3},
     "paraphrase": {"queries": 16},
     "latent_inversion": {},
     "relearning": {

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,8 +88,8 @@ def test_it_is_documented_with_its_settings(name) -> None:
     page = DOCS.read_text(encoding="utf-8")
     section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.S | re.M)
     assert section is not None, f"docs/attacks.md has no section on {name}"
-    for key in ATTACKS.load(name).__dataclass_fields__:
-        assert f"`{key}`" in section[1], f"{name}.{key} is not documented"
+    for setting in fields(ATTACKS.load(name)):
+        assert f"`{setting.name}`" in section[1], f"{name}.{setting.name} is not documented"
     for paper in re.findall(r"arXiv (\d{4}\.\d{5})", ATTACKS[name].summary):
         assert paper in section[1]
 
