@@ -117,7 +117,8 @@ class RingABell(Attack):
             ids = framed(pipeline, vocabulary[population].tolist()).to(target.device)
             with torch.no_grad():
                 found = pipeline.text_encoder(ids)[0]
-            return (found - target).square().sum((1, 2)).cpu()
+            distances: Tensor = (found - target).square().sum((1, 2))
+            return distances.cpu()
 
         V, K = len(vocabulary), min(self.tokens, pipeline.tokenizer.model_max_length - 2)
         population = torch.randint(0, V, (self.population, K), generator=draw)
