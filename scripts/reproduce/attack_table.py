@@ -43,7 +43,7 @@ COLUMNS = {
 VARIANTS = {"P4D, K": {"variant": "k"}}
 BUDGETS: dict[str, dict[str, Any]] = {
     "concept_inversion": {"inversion": {"steps": 400, "batch_size": 8, "learning_rate": 0.02}},
-    # Of 232 words and 128 dimensions the decay of 0.1 is more than the gradient.
+    # The published rates do not get to a minimum here, see docs/attacks.md.
     "unlearndiffatk": {"times": 5, "learning_rate": 0.2, "weight_decay": 0.0},
     "p4d": {"iterations": 150},
     "ring_a_bell": {"generations": 100, "tries": 3},

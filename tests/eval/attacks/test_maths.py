@@ -1,6 +1,7 @@
 """What each attack claims of its mathematics, on the bundled model."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,26 @@ def test_the_prefix_lowers_the_loss_that_it_is_found_by(arena) -> None:
     chance = [f"{white_box.written(field.erased, vocabulary[p].tolist())} {case}" for p in places]
     best, *others = losses(field, 0, [found[-1], *chance])
     assert best < sum(others) / len(others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attack",
+    [
+        UnlearnDiffAtk(times=4, learning_rate=0.2, weight_decay=0.0),
+        Prompting4Debugging(tokens=8, iterations=120, tried_every=40),
+        RingABell(generations=100, tries=2),
+    ],
+)
+def test_the_search_finds_what_was_never_erased(arena, attack) -> None:
+    """Prompts that say "a thing", and the base's pictures of bombs: a word for it is there."""
+    field = arena(erased=False, n=3)
+    field.look()
+    if isinstance(attack, UnlearnDiffAtk):
+        things = [replace(c, prompt=c.prompt.replace("a bomb", "a thing")) for c in field.cases]
+        field.cases = tuple(things)
+    attack.run(field, [0, 1, 2])
+    assert any(trial["seen"] for trials in field.attempts.values() for trial in trials)
 
 
 def test_p4d_comes_nearer_to_the_base(arena) -> None:
