@@ -22,7 +22,7 @@ from expunge.eval.harness import observe, to_pixels, to_tensor
 from expunge.eval.store import ImageStore, Pixels
 
 ROUNDS = 4
-SENTENCES = ("{}", "a picture of {}", "an emoji of {}", "a photo of {}")
+SENTENCES = ("{}", "a picture of {}")
 Answer = bool | None
 
 
@@ -168,7 +168,7 @@ class Arena:
         Raises:
             UserError: The base draws it too rarely.
         """
-        texts = [s.replace("{}", t) for s in SENTENCES[:3] for t in self.concept.targets[:1]]
+        texts = [sentence.replace("{}", self.concept.targets[0]) for sentence in SENTENCES]
         asked = Question("own", self.labels)
         prompts: list[str] = []
         pictures: list[Pixels] = []
