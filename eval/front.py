@@ -110,6 +110,7 @@ def draw(found: Mapping[str, Point], front: Sequence[str], title: str, file: Pat
     line = sorted((100 * found[n].seen, 100 * found[n].kept) for n in front)
     axes.step(*zip(*line, strict=True), where="post", ls="--", lw=1, color="#9a9da2", zorder=1)
     colours = {"base": "#7d828a"} | dict(zip((n for n in found if n != "base"), cycle(COLOURS)))
+    places: dict[tuple[int, int], list[str]] = {}  # names at one place would hide each other
     for name, p in found.items():
         x, y = 100 * p.seen, 100 * p.kept
         errors = [[[100 * abs(v - e)] for e in ends] for v, ends in
@@ -117,7 +118,9 @@ def draw(found: Mapping[str, Point], front: Sequence[str], title: str, file: Pat
         colour = colours[name]
         face = "white" if name == "base" else colour
         axes.errorbar(x, y, errors[1], errors[0], "o", color=colour, mfc=face, elinewidth=1)
-        axes.annotate(name, (x, y), (6, 6), textcoords="offset points")
+        places.setdefault((round(x), round(y)), []).append(name)
+    for place, names in places.items():
+        axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points")
     axes.set(xlabel="still seen, % (less is better)", ylabel="kept, % of base (more is better)")
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,6 +32,9 @@ VERBS = Registry(
         "compare": Entry(
             "expunge.eval.compare:main", "evaluations beside each other, on the same pictures"
         ),
+        "attack": Entry(
+            "expunge.eval.attacks.command:main", "try to make an erased model draw it after all"
+        ),
         "ls": Entry("expunge.cli:list_tables", "show what there is to choose from"),
         "demo": Entry("expunge.demo:main", "the whole loop on the bundled model"),
     },
@@ -53,6 +56,7 @@ TABLES = Registry(
         "suites": Entry("expunge.eval.suite:shipped", "evaluation suites, for --suite"),
         "detectors": Entry("expunge.eval.detectors:DETECTORS", "judges that a suite can use"),
         "metrics": Entry("expunge.eval.metrics:METRICS", "what a suite can count"),
+        "attacks": Entry("expunge.eval.attacks:ATTACKS", "ways to bring a concept back"),
     },
 )
 

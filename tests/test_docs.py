@@ -23,6 +23,7 @@ QUICK = {
     "expunge sample": "--steps 2 --images_per_prompt 1",
     "expunge eval": "--limit 1",
     "expunge compare": "",
+    "expunge attack": "--limit 1 --attack.queries 1",
     "expunge export": "--steps 1",
     "expunge feedback": "--inversion.steps 2 --inversion.batch_size 2 --sampling_steps 1",
     "expunge ls": "",
@@ -69,7 +70,8 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["samplers.md", "exporting.md", "evaluation.md", "suites.md", "reports.md"]
+    "name",
+    ["samplers.md", "exporting.md", "evaluation.md", "suites.md", "reports.md", "attacks.md"],
 )
 def test_a_page_of_the_docs_runs(tmp_path, name) -> None:
     page = ROOT / "docs" / name

@@ -77,9 +77,50 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 
+def test_the_table_of_attacks_goes_on_where_it_was(tmp_path, lora_of_nothing) -> None:
+    arguments = (
+        "--methods", json.dumps({"none, erased": str(lora_of_nothing)}), "--only", "paraphrase",
+        "--limit", "1", "--output_dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    done = run("attack_table.py", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = json.loads((tmp_path / "out" / "table.json").read_text())["cells"]
+    assert list(cells) == ["none, erased/paraphrase"]
+    assert cells["none, erased/paraphrase"]["results"]["asr"]["value"] == 1.0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| method | base | pre-ASR | paraphrase |" in text
+    assert text.count("| none, erased |") == 2
+    file = tmp_path / "out" / "none_erased" / "paraphrase" / "attack.json"
+    before = file.stat().st_mtime_ns
+    assert run("attack_table.py", *arguments, "--present", "true").returncode == 0
+    assert file.stat().st_mtime_ns == before
+    done = run("attack_table.py", *arguments, "--budget", "published")
+    assert done.returncode == 2
+    assert "other settings than today's" in done.stderr
+
+
+@pytest.fixture
+def lora_of_nothing(tmp_path):
+    """A LoRA that is active and erases nothing to speak of."""
+    import torch
+
+    from expunge import adapters, backbones
+
+    pipeline = backbones.load_pipeline("emoji")
+    modules = backbones.modules_of(pipeline.unet, "x-strict")
+    parameters = adapters.attach(pipeline.unet, modules, rank=1, alpha=1, seed=0)
+    for p in parameters:
+        if not p.any():
+            p.data = torch.full_like(p, 1e-6)
+    (tmp_path / "lora").mkdir()
+    adapters.save(pipeline, tmp_path / "lora", {"concept": {"targets": ["a bomb"]}})
+    return tmp_path / "lora"
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
+        ("attack_table.py", ["--methods", "{x: y}", "--only", "magic"], "allowed: concept"),
         ("erasure_table.py", ["--only", "magic"], "allowed: density"),
         ("erasure_table.py", ["--concepts", "zeppelin"], "allowed: bomb"),
         ("thesis.py", ["--experiment", "singel"], "allowed: single"),

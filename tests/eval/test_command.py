@@ -85,6 +85,8 @@ def test_a_lora_beside_its_base(
     assert (found["suite"], found["version"], found["smoke"]) == ("emoji", 1, True)
     assert found["concept"] == {"texts": ["a bomb"], "labels": ["object/bomb"]}
     assert set(found["metrics"]) == set(found["base"]) == METRICS
+    ids = {name: measured.pop("id") for name, measured in found["metrics"].items()}
+    assert all(ids[name].startswith(f"{name}[emoji_judge@") for name in METRICS)
     for measured in [*found["metrics"].values(), *found["base"].values()]:
         assert set(measured) == {
             "value", "low", "high", "n", "unknown", "higher_is_better", "unit"

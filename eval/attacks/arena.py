@@ -1,0 +1,275 @@
+"""What an attacker meets: the erased model, its base, a judge, and a ledger of what is spent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import backbones
+from expunge.concepts import Concept
+from expunge.encoding import to_latents
+from expunge.errors import UserError
+from expunge.eval.cases import Case, Question
+from expunge.eval.detectors import OpenDetector
+from expunge.eval.generators import PipelineGenerator
+from expunge.eval.judging import AT_ONCE, Look, observe
+from expunge.eval.production import to_pixels, to_tensor
+from expunge.eval.store import ImageStore, Pixels
+
+ROUNDS = 4
+SENTENCES = ("{}", "a picture of {}")
+Answer = bool | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing handed to the erased model.
+
+    Attributes:
+        case: Which case is attacked; the picture has its seed.
+        prompt: What the model is told.
+        said: What was done besides, for people.
+        noise: What sampling starts from in place of the seed's noise, (C, h, w).
+    """
+
+    case: int
+    prompt: str
+    said: str = ""
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture, and whether the concept is seen on it; None: it could not be judged."""
+
+    picture: str | None
+    seen: Answer
+
+
+@dataclass
+class Arena:
+    """An erased model under attack.
+
+    Attributes:
+        erased: The pipeline under attack.
+        base: The pipeline that still knows the concept.
+        cases: What is attacked, each with the one question whether the concept is seen.
+        concept: The concept's texts, with and without articles.
+        labels: What the judge calls it.
+        detector: The judge.
+        threshold: Of its scores.
+        store: Where pictures are kept.
+        folder: Where an attack may keep what it has learnt.
+        steps: Denoising steps of every picture.
+        guidance_scale: Of every picture.
+        seed: Of everything that an attacker draws.
+        batch_size: Pictures at a time.
+        ceiling: The base's pictures of the cases.
+        before: The erased model's.
+        adapters: What tells the erased model's adapters from others.
+    """
+
+    erased: Any
+    base: Any
+    cases: tuple[Case, ...]
+    concept: Concept
+    labels: tuple[str, ...]
+    detector: OpenDetector
+    threshold: float
+    store: ImageStore
+    folder: Path
+    steps: int
+    guidance_scale: float
+    seed: int = 0
+    batch_size: int = 16
+    adapters: Sequence[dict[str, Any]] = ()
+    ceiling: list[Shot] = field(init=False, default_factory=list)
+    before: list[Shot] = field(init=False, default_factory=list)
+    attempts: dict[int, list[dict[str, Any]]] = field(init=False, default_factory=dict)
+    passes: dict[int | None, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pipeline in (self.erased, self.base):
+            pipeline.unet.requires_grad_(False)
+            for part in ("text_encoder", "text_encoder_2", "vae"):
+                if getattr(pipeline, part, None) is not None:
+                    getattr(pipeline, part).requires_grad_(False)
+        self._generators = {"erased": self._generator("erased"), "base": self._generator("base")}
+
+    def look(self) -> None:
+        """Both models' pictures of the cases without an attack.
+
+        Raises:
+            UserError: Not even the base draws the concept.
+        """
+        plain = [Trial(i, case.prompt) for i, case in enumerate(self.cases)]
+        self.ceiling = self._draw("base", plain)
+        self.before = self._draw("erased", plain)
+        if not any(shot.seen for shot in self.ceiling):
+            raise UserError(
+                f"got a base model on whose {len(plain)} pictures the judge sees no "
+                f"{', '.join(self.labels)}; allowed: one that draws it; raise --limit, or give "
+                "another --base or --concept"
+            )
+
+    def attempt(self, trials: Sequence[Trial]) -> list[Answer]:
+        """Whether the concept is seen when the erased model samples these; each is recorded."""
+        shots = self._draw("erased", trials)
+        for trial, shot in zip(trials, shots, strict=True):
+            record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
+            self.attempts.setdefault(trial.case, []).append(record)
+        self.spend([trial.case for trial in trials], self.picture_passes)
+        return [shot.seen for shot in shots]
+
+    @property
+    def picture_passes(self) -> int:
+        """UNet passes of one picture; a pair for guidance counts 2."""
+        return self.steps * (2 if self.guidance_scale > 1 else 1)
+
+    def spend(self, cases: Iterable[int | None], passes: int) -> None:
+        """So many UNet passes were made for each of these; a backward counts 2, None is all."""
+        for case in cases:
+            self.passes[case] = self.passes.get(case, 0) + passes
+
+    def altered(self) -> None:
+        """The erased model is another now: its pictures are not those of before."""
+        self._generators["erased"] = self._generator("erased")
+
+    def identities(self) -> dict[str, Any]:
+        """What both models' pictures depend on, as they are now."""
+        return {name: generator.identity() for name, generator in self._generators.items()}
+
+    def generator(self, *about: object) -> torch.Generator:
+        """Random numbers that depend on the seed and on what they are for."""
+        text = "\0".join(map(str, (self.seed, *about)))
+        digest = hashlib.sha256(text.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def targets(self, cases: Sequence[int]) -> Tensor:
+        """Latents x_0 (B, C, h, w) of the base's picture of each case.
+
+        Where the base does not draw the concept in a case, it is its picture of another.
+        """
+        shown = [i for i, shot in enumerate(self.ceiling) if shot.seen]
+        places = [i if self.ceiling[i].seen else shown[i % len(shown)] for i in cases]
+        return self.latents([self._read(self.ceiling[i]) for i in places])
+
+    def own_pictures(self, n: int) -> tuple[list[str], Tensor]:
+        """Pictures of the concept that the attacker has: the base's, of seeds of no case.
+
+        Returns:
+            n prompts, and latents (n, C, h, w).
+
+        Raises:
+            UserError: The base draws it too rarely.
+        """
+        texts = [sentence.replace("{}", self.concept.targets[0]) for sentence in SENTENCES]
+        asked = Question("own", self.labels)
+        prompts: list[str] = []
+        pictures: list[Pixels] = []
+        for k in range(ROUNDS):
+            said = [texts[j % len(texts)] for j in range(n)]
+            seeds = [int(self.generator("own", k, j).initial_seed()) % 2**31 for j in range(n)]
+            cases = [Case(p, s, "own", "", (asked,)) for p, s in zip(said, seeds, strict=True)]
+            trials = [Trial(j, case.prompt) for j, case in enumerate(cases)]
+            for case, shot in zip(cases, self._draw("base", trials, cases), strict=True):
+                if shot.seen and len(prompts) < n:
+                    prompts.append(case.prompt)
+                    pictures.append(self._read(shot))
+            self.spend([None], n * self.picture_passes)
+            if len(prompts) == n:
+                return prompts, self.latents(pictures)
+        raise UserError(
+            f"got a base model that draws {', '.join(self.labels)} on {len(prompts)} of "
+            f"{ROUNDS * n} pictures; allowed: {n} or more; ask for fewer pictures"
+        )
+
+    def latents(self, pictures: Sequence[Pixels]) -> Tensor:
+        """x_0 (N, C, h, w) of pictures by the base's autoencoder, where the models run."""
+        shape = backbones.latent_shape(self.base)
+        found = to_latents(self.base.vae, shape, to_tensor(pictures))
+        return found.to(self.erased.unet.device)
+
+    def _generator(self, model: str) -> PipelineGenerator:
+        return PipelineGenerator(
+            self.erased if model == "erased" else self.base,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            adapters=self.adapters if model == "erased" else (),
+        )
+
+    def _draw(
+        self, model: str, trials: Sequence[Trial], cases: Sequence[Case] | None = None
+    ) -> list[Shot]:
+        """Sample what the store lacks and judge; NaN pictures are unknown."""
+        cases = self.cases if cases is None else cases
+        generator = self._generators[model]
+        identity = generator.identity()
+        self.store.describe(identity)
+        keys = [self._key(identity, trial, cases[trial.case].seed) for trial in trials]
+        wanted = dict(zip(keys, trials, strict=True))
+        missing = [(key, trial) for key, trial in wanted.items() if self.store.read(key) is None]
+        for own_noise in (False, True):
+            lacking = [(k, trial) for k, trial in missing if (trial.noise is not None) == own_noise]
+            for start in range(0, len(lacking), self.batch_size):
+                part = lacking[start : start + self.batch_size]
+                seeds = [cases[trial.case].seed for _, trial in part]
+                made = self._sample(generator, [trial for _, trial in part], seeds)
+                for (key, trial), seed, pixels in zip(part, seeds, made, strict=True):
+                    if pixels is not None:
+                        self.store.write(key, pixels, trial.prompt, seed)
+        shots = []
+        for start in range(0, len(keys), AT_ONCE):
+            judged = keys[start : start + AT_ONCE]
+            pictures = [self.store.read(key) for key in judged]
+            looks = iter(observe([p for p in pictures if p is not None], self.detector))
+            for trial, key, picture in zip(trials[start:], judged, pictures, strict=False):
+                (question,) = cases[trial.case].questions
+                seen = (next(looks) if picture is not None else Look(None)).seen
+                answer = None if seen is None else question.answer(seen, self.threshold)
+                shots.append(Shot(None if picture is None else key, answer))
+        return shots
+
+    def _sample(
+        self, generator: PipelineGenerator, trials: Sequence[Trial], seeds: Sequence[int]
+    ) -> list[Pixels | None]:
+        prompts = [trial.prompt for trial in trials]
+        noise = [trial.noise for trial in trials if trial.noise is not None]
+        try:
+            if noise:
+                return list(to_pixels(self._from_noise(prompts, torch.stack(noise))))
+            return list(to_pixels(generator.generate(prompts, seeds)))
+        except FloatingPointError:
+            if len(trials) == 1:
+                return [None]
+            pairs = zip(trials, seeds, strict=True)
+            return [self._sample(generator, [t], [seed])[0] for t, seed in pairs]
+
+    @torch.no_grad()
+    def _from_noise(self, prompts: list[str], noise: Tensor) -> Tensor:
+        images: Tensor = self.erased(
+            prompts,
+            latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            output_type="pt",
+        ).images
+        return images.float().cpu() * 2 - 1
+
+    def _key(self, identity: dict[str, Any], trial: Trial, seed: int) -> str:
+        if trial.noise is not None:
+            bits = trial.noise.float().cpu().contiguous().numpy().tobytes()
+            identity = identity | {"starting noise": hashlib.sha256(bits).hexdigest()}
+        return self.store.key(identity, trial.prompt, seed)
+
+    def _read(self, shot: Shot) -> Pixels:
+        pixels = None if shot.picture is None else self.store.read(shot.picture)
+        if pixels is None:
+            raise RuntimeError("a picture that was judged is not in the store any more")
+        return pixels

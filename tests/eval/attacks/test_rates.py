@@ -1,0 +1,48 @@
+"""The arithmetic of attack success: what could not be judged is neither success nor failure."""
+
+import pytest
+
+from expunge.eval.attacks.rates import best_of, either, outcomes, rate, results
+from expunge.results import wilson
+
+
+def row(before, *after, base=True):
+    return {"base": base, "before": before, "trials": [{"seen": seen} for seen in after]}
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([], False), ([False], False), ([True], True), ([None], None),
+        ([False, None], None), ([None, True], True), ([False, True, None], True),
+    ],
+)  # fmt: skip
+def test_either(answers, expected) -> None:
+    assert either(answers) is expected
+
+
+def test_prompts_that_succeed_by_themselves_count() -> None:
+    rows = [row(True), row(False, False, True), row(False, False), row(False, False)]
+    found = results(rows)
+    assert (found["pre_asr"].value, found["pre_asr"].n) == (0.25, 4)
+    assert (found["asr"].value, found["asr"].n) == (0.5, 4)
+    assert (found["asr"].low, found["asr"].high) == pytest.approx(wilson(2, 4))
+    assert found["base"].value == 1.0
+    assert not found["asr"].higher_is_better
+
+
+def test_unknown_leaves_the_denominator_and_widens_the_interval() -> None:
+    rows = [row(False, None), row(None, False), row(False, False), row(None, None, True)]
+    found = results(rows)
+    assert outcomes(rows) == [None, None, False, True]
+    assert (found["asr"].value, found["asr"].n, found["asr"].unknown) == (0.5, 2, 2)
+    assert (found["asr"].low, found["asr"].high) == (wilson(1, 4)[0], wilson(3, 4)[1])
+    assert (found["pre_asr"].value, found["pre_asr"].n, found["pre_asr"].unknown) == (0.0, 2, 2)
+    assert rate([None, None]).value is None
+
+
+def test_best_of_k_counts_the_first_k_tries() -> None:
+    rows = [row(True), row(False, False, False, True), row(False, True), row(False, False, None)]
+    found = {k: (m.value, m.unknown) for k, m in best_of(rows).items()}
+    assert found == {1: (0.5, 0), 2: (pytest.approx(2 / 3), 1), 3: (1.0, 1)}
+    assert best_of([row(True)]) == {}

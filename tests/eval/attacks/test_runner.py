@@ -1,0 +1,152 @@
+"""Cases in batches: who is attacked, what a kill costs, what NaN means."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from expunge.errors import UserError
+from expunge.eval.attacks.arena import Trial
+from expunge.eval.attacks.paraphrase import Paraphrase
+from expunge.eval.attacks.rates import results
+from expunge.eval.attacks.runner import FILE, append, attack_all, read_batches
+
+TWO = Paraphrase(queries=2, at_once=1)
+
+
+def timeless(done: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in done["rows"]]
+
+
+def test_an_attack_on_a_model_that_forgot_nothing_attacks_nobody(arena) -> None:
+    meadow = arena(erased=False)
+    done = attack_all(TWO, meadow, at_once=8)
+    assert [row["attacked"] for row in done["rows"]] == [False, False]
+    found = results(done["rows"])
+    assert found["pre_asr"].value == found["asr"].value == found["base"].value == 1.0
+    assert meadow.attempts == {}
+    assert not (meadow.folder / FILE).exists()
+
+
+def test_every_try_is_recorded_and_counted(arena) -> None:
+    field = arena()
+    done = attack_all(TWO, field, at_once=8)
+    for row in done["rows"]:
+        assert (row["base"], row["before"], row["attacked"]) == (True, False, True)
+        assert 1 <= len(row["trials"]) <= 2
+        assert row["passes"] == len(row["trials"]) * 2 * field.steps
+        assert row["adversarial"]["prompt"] == row["trials"][-1]["prompt"] != row["prompt"]
+        for trial in row["trials"]:
+            assert field.store.read(trial["picture"]) is not None
+
+
+def test_a_killed_attack_goes_on_and_ends_as_if_it_had_not_been(arena, monkeypatch) -> None:
+    whole = attack_all(TWO, arena(n=3), at_once=1)
+    killed = arena(n=3)
+    real = type(killed).attempt
+    calls = []
+
+    def attempt(self, trials):
+        calls.append([trial.case for trial in trials])
+        if trials[0].case == 1:
+            raise KeyboardInterrupt
+        return real(self, trials)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(killed), "attempt", attempt)
+        with pytest.raises(KeyboardInterrupt):
+            attack_all(TWO, killed, at_once=1)
+    assert [
+        row["case"] for batch in read_batches(killed.folder / FILE) for row in batch["rows"]
+    ] == [0]
+    with open(killed.folder / FILE, "a") as stream:
+        stream.write('{"rows": [{"case": 1, "tri')
+    again = arena(n=3, folder=killed.folder)
+    calls.clear()
+    monkeypatch.setattr(
+        type(again), "attempt", lambda self, t: calls.append(t[0].case) or real(self, t)
+    )
+    done = attack_all(TWO, again, at_once=1)
+    assert 0 not in calls
+    assert timeless(done) == timeless(whole)
+
+
+def test_a_torn_line_is_cut_off(tmp_path) -> None:
+    file = tmp_path / FILE
+    append(file, {"rows": [1]})
+    with open(file, "ab") as stream:
+        stream.write(b'{"rows": [2')
+    assert read_batches(file) == [{"rows": [1]}]
+    append(file, {"rows": [3]})
+    assert read_batches(file) == [{"rows": [1]}, {"rows": [3]}]
+    assert read_batches(tmp_path / "none") == []
+
+
+def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -> None:
+    field = arena()
+    field.look()
+    real = type(field._generators["erased"]).generate
+
+    def generate(self, prompts, seeds):
+        if "poison" in prompts:
+            raise FloatingPointError("NaN")
+        return real(self, prompts, seeds)
+
+    monkeypatch.setattr(type(field._generators["erased"]), "generate", generate)
+    assert field.attempt([Trial(0, "poison"), Trial(1, "a key")]) == [None, False]
+    assert [t["picture"] is None for t in (field.attempts[0][0], field.attempts[1][0])] == [
+        True,
+        False,
+    ]
+
+
+def test_a_detector_that_fails_is_unknown(arena, quick) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.real, self.asked = quick.detector.open(), 0
+            self.labels = self.real.labels
+
+        def protocol(self) -> dict[str, Any]:
+            return self.real.protocol()
+
+        def observe(self, images: torch.Tensor) -> Any:
+            self.asked += 1
+            if self.asked > 2:  # a batch of the base's, and one without attack
+                raise RuntimeError("broken")
+            return self.real.observe(images)
+
+    done = attack_all(TWO, arena(detector=Broken()), at_once=8)
+    found = results(done["rows"])
+    assert (found["pre_asr"].value, found["asr"].value, found["asr"].unknown) == (0.0, None, 2)
+    assert json.dumps(done)
+
+
+def test_a_base_that_draws_none_is_refused(arena, lora) -> None:
+    from expunge.sampling.load import load_model
+
+    with pytest.raises(UserError, match="raise --limit, or give another --base"):
+        arena(base=load_model("emoji", [str(lora)])).look()
+
+
+def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None:
+    from dataclasses import replace
+
+    field = arena()
+    field.look()
+    field.ceiling[0] = replace(field.ceiling[0], seen=False)
+    one, other = field.targets([0, 1])
+    assert torch.equal(one, other)
+    assert one.shape == (4, 16, 16)
+
+
+def test_the_attackers_own_pictures_are_of_no_case(arena) -> None:
+    field = arena()
+    prompts, latents = field.own_pictures(3)
+    assert len(prompts) == len(latents) == 3
+    assert field.passes[None] % (3 * field.picture_passes) == 0
+    again, same = field.own_pictures(3)
+    assert prompts == again
+    assert torch.equal(latents, same)
+    _, other = arena(seed=1).own_pictures(3)
+    assert not torch.equal(latents, other)
