@@ -12,18 +12,12 @@ from typing import Annotated, Any, Literal
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
-from expunge.results import (
-    MARKER,
-    fresh_output_dir,
-    sha256_file,
-    sha256_json,
-    write_json_atomic,
-)
+from expunge.eval.claim import adapters_of, claim, concept_of, refuse_another, tokens_of
+from expunge.results import fresh_output_dir, sha256_json, write_json_atomic
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.plain import Plain
 from expunge.schema import encode
 
-RUN = "run.json"
 PLAIN = "plain"
 _REPEAT = "may be repeated"
 
@@ -119,7 +113,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     if config.prompts is not None:
         suite = with_prompts(suite, config.prompts)
-    plan = suite.prompts.plan(_concept(config), config.limit)
+    plan = suite.prompts.plan(concept_of(config.concept, config.lora), config.limit)
     panel = Panel.open(suite)
     settings = _settings(config) | {
         "suite": suite.sha256(),
@@ -130,7 +124,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         "detector": panel.detector.protocol(),
         "judges": panel.protocols(),
     }
-    _refuse_another(config, settings)
+    refuse_another(config.output_dir, config.overwrite, settings, "evaluation")
     team = Team.join()
     with launch.together(team.size):
         return _run(config, suite, plan, panel, settings, team)
@@ -160,7 +154,7 @@ def _run(
         if name == "base":
             generators[name] = _generator(config, suite, plan, erased=False)
         if team.leads:
-            _claim(config.output_dir, settings, name, generators[name].identity())
+            claim(config.output_dir, settings, "evaluation", name, generators[name].identity())
         outcomes[name] = evaluate(
             generators[name],
             plan.cases,
@@ -222,7 +216,7 @@ def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> An
     soft_tokens.require(pipeline, [case.prompt for case in plan.cases])
     sampler: str | dict[str, Any] = PLAIN
     if erased and not _plain(config):
-        concept = Concept(targets=_concept(config))
+        concept = Concept(targets=concept_of(config.concept, config.lora))
         soft_tokens.require(pipeline, concept.targets)
         plain, pipeline = pipeline, config.sampler.wrap(pipeline, concept)
         sampler = _sampler(config) | {
@@ -234,40 +228,10 @@ def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> An
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
         sampler=sampler,
-        adapters=_adapters(config) if erased else [],
+        adapters=adapters_of(config.lora, config.lora_scale) if erased else [],
         batch_size=config.batch_size,
         threads=config.threads,
     )
-
-
-def _concept(config: EvalConfig) -> list[str]:
-    """The texts of the concept under test: those that were given, else those of the LoRA."""
-    if config.concept:
-        return config.concept
-    if not config.lora:
-        raise UserError(
-            "got neither --concept nor --lora; allowed: a concept to look for; say for example "
-            "--concept bomb"
-        )
-    from expunge.adapters import read_metadata
-
-    texts = []
-    for lora in config.lora:
-        concept = read_metadata(lora).get("concept", {})
-        targets = concept.get("targets") or [concept[key] for key in ("name",) if key in concept]
-        if not targets:
-            raise UserError(
-                f"got LoRA {lora}, which does not say what it erases; allowed: one that expunge "
-                "wrote, or any with --concept; say for example --concept bomb"
-            )
-        texts += [text for text in targets if text not in texts]
-    return texts
-
-
-def _adapters(config: EvalConfig) -> list[dict[str, Any]]:
-    from expunge.adapters import locate
-
-    return [{"sha256": sha256_file(locate(x)), "scale": config.lora_scale} for x in config.lora]
 
 
 def _plain(config: EvalConfig) -> bool:
@@ -282,12 +246,10 @@ def _sampler(config: EvalConfig) -> dict[str, Any]:
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
     """What makes two evaluations the same, as far as it is known before a model is loaded."""
-    from expunge import soft_tokens
-
     return {
         "model": config.model,
-        "adapters": _adapters(config),
-        "tokens": [sha256_file(soft_tokens.locate(file)) for file in config.tokens],
+        "adapters": adapters_of(config.lora, config.lora_scale),
+        "tokens": tokens_of(config.tokens),
         "sampler": PLAIN if _plain(config) else _sampler(config),
         "base": config.base,
         "limit": config.limit,
@@ -300,32 +262,6 @@ def _title(config: EvalConfig) -> str:
     names = [Path(lora).name or lora for lora in config.lora]
     names += [] if _plain(config) else [_sampler(config)["type"]]
     return " + ".join([Path(config.model).name or config.model, *names])
-
-
-def _refuse_another(config: EvalConfig, settings: dict[str, Any]) -> None:
-    """Take a new folder, or that of the same evaluation, or with `overwrite` of any evaluation."""
-    folder = config.output_dir
-    fresh_output_dir(folder, config.overwrite, not config.overwrite, dry_run=True)
-    if not folder.is_dir() or all(item.name == MARKER for item in folder.iterdir()):
-        return
-    if not (folder / RUN).is_file():
-        # A training's folder carries the marker too, and must not be emptied for a report.
-        raise UserError(
-            f"got output folder {folder}, which holds results that are no evaluation; allowed: a "
-            "new or an empty folder; choose another --output_dir"
-        )
-    if config.overwrite:
-        return
-    known = _read_run(folder)["settings"]
-    changed = [key for key in settings if known.get(key) != settings[key]]
-    # The list follows from concept and limit too; only if it alone is another does it say more.
-    changed = [key for key in changed if key != "prompt list"] or changed
-    if changed:
-        raise UserError(
-            f"got output folder {folder}, which holds an evaluation with another "
-            f"{' and '.join(changed)}; allowed: the same one (it resumes) or a new folder; choose "
-            "another --output_dir, or say --overwrite true"
-        )
 
 
 def _refuse_own_judge(protocol: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -343,30 +279,3 @@ def _clips(protocol: Any) -> Iterator[str]:
     if isinstance(protocol, dict):
         for key, value in protocol.items():
             yield from value if key == "clips" else _clips(value)
-
-
-def _claim(folder: Path, settings: dict[str, Any], name: str, identity: dict[str, Any]) -> None:
-    """Write down whose evaluation the folder holds; refuse a model that has changed since."""
-    found = (folder / RUN).is_file()
-    run = _read_run(folder) if found else {"settings": settings, "generators": {}}
-    known = run["generators"].setdefault(name, identity)
-    if known != identity:
-        changed = [key for key in identity if known.get(key) != identity[key]]
-        raise UserError(
-            f"got output folder {folder}, which holds an evaluation of another {name} model "
-            f"({', '.join(changed)} changed); choose another --output_dir, or say --overwrite true"
-        )
-    write_json_atomic(folder / RUN, run)
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        if not isinstance(found["settings"], dict) or not isinstance(found["generators"], dict):
-            raise ValueError("it holds no evaluation")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(
-            f"got output folder {folder}, whose {RUN} cannot be read ({error!r}); choose another "
-            "--output_dir, or say --overwrite true"
-        ) from None
-    return found

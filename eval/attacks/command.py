@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +10,10 @@ from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.attacks import ATTACKS, Attack
-from expunge.results import MARKER, fresh_output_dir, sha256_file, sha256_json, write_json_atomic
+from expunge.eval.claim import adapters_of, claim, concept_of, refuse_another, tokens_of
+from expunge.results import fresh_output_dir, sha256_json
 from expunge.schema import encode
 
-RUN = "attack_run.json"
 _REPEAT = "may be repeated"
 
 
@@ -90,7 +89,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
     from expunge.eval.suite import load_suite
 
     suite = load_suite(config.suite)
-    plan = suite.prompts.plan(_concept(config), config.limit)
+    plan = suite.prompts.plan(concept_of(config.concept, config.lora), config.limit)
     cases = _cases(config, suite, plan)
     detector = suite.detector.open()
     settings = {
@@ -100,17 +99,18 @@ def run(config: AttackConfig) -> dict[str, Any]:
         "concept": list(plan.tested.texts),
         "model": config.model,
         "base": config.base,
-        "adapters": _adapters(config),
-        "tokens": [sha256_file(file) for file in _token_files(config)],
+        "adapters": adapters_of(config.lora, config.lora_scale),
+        "tokens": tokens_of(config.tokens),
         "detector": detector.protocol(),
         "at_once": config.at_once,
         "seed": config.seed,
         "device": config.device,
     }
-    _refuse_another(config, settings)
+    refuse_another(config.output_dir, config.overwrite, settings, "attack")
     arena = _arena(config, suite, plan, cases, detector)
     fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
-    write_json_atomic(config.output_dir / RUN, settings)
+    for name, identity in arena.identities().items():
+        claim(config.output_dir, settings, "attack", name, identity)
     attack: Attack = config.attack
     generators = arena.identities()
     done = attack_all(attack, arena, config.at_once)
@@ -121,22 +121,6 @@ def run(config: AttackConfig) -> dict[str, Any]:
     print_table(report)
     print(f"{config.output_dir}: attack.json, attack.png")
     return report
-
-
-def _concept(config: AttackConfig) -> list[str]:
-    """The texts of the concept under attack: those that were given, else those of the LoRA."""
-    from expunge.adapters import read_metadata
-
-    texts = list(config.concept)
-    if not texts:
-        for lora in config.lora:
-            texts += read_metadata(lora).get("concept", {}).get("targets", [])
-    if not texts:
-        raise UserError(
-            "got no --concept, and no LoRA that says what it erases; allowed: a concept to look "
-            "for; say for example --concept bomb"
-        )
-    return list(dict.fromkeys(texts))
 
 
 def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
@@ -190,7 +174,7 @@ def _arena(config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: An
         guidance_scale=suite.guidance_scale,
         seed=config.seed,
         batch_size=config.batch_size,
-        adapters=_adapters(config),
+        adapters=adapters_of(config.lora, config.lora_scale),
     )
 
 
@@ -202,37 +186,3 @@ def named(texts: tuple[str, ...], labels: tuple[str, ...]) -> Concept:
     bare = [normalise(word) for word in words if not word.startswith("<")]
     forms = [f"{article}{word}" for word in bare for article in ("a ", "an ", "the ", "")]
     return Concept(targets=list(dict.fromkeys([*texts, *forms])))
-
-
-def _adapters(config: AttackConfig) -> list[dict[str, Any]]:
-    from expunge.adapters import locate
-
-    return [{"sha256": sha256_file(locate(x)), "scale": config.lora_scale} for x in config.lora]
-
-
-def _token_files(config: AttackConfig) -> list[Path]:
-    from expunge import soft_tokens
-
-    return [soft_tokens.locate(file) for file in config.tokens]
-
-
-def _refuse_another(config: AttackConfig, settings: dict[str, Any]) -> None:
-    """Take a new folder, or that of the same attack, or with `overwrite` of any attack."""
-    folder = config.output_dir
-    fresh_output_dir(folder, config.overwrite, not config.overwrite, dry_run=True)
-    if not folder.is_dir() or all(item.name == MARKER for item in folder.iterdir()):
-        return
-    try:
-        known = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        changed = [key for key in settings if known[key] != settings[key]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"got output folder {folder}, which holds results that are no attack; allowed: a new "
-            "or an empty folder; choose another --output_dir"
-        ) from None
-    if changed and not config.overwrite:
-        raise UserError(
-            f"got output folder {folder}, which holds an attack with another "
-            f"{' and '.join(changed)}; allowed: the same one (it resumes) or a new folder; choose "
-            "another --output_dir, or say --overwrite true"
-        )

@@ -1,0 +1,134 @@
+"""Whose results an output folder holds, and which adapters and concept they are about.
+
+`run.json` says what was asked for and which models there were, so that the same command goes on
+where it was and another is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from expunge.errors import UserError
+from expunge.results import MARKER, fresh_output_dir, sha256_file, write_json_atomic
+
+RUN = "run.json"
+
+
+def concept_of(concept: Sequence[str], loras: Sequence[str]) -> list[str]:
+    """The texts of the concept under test: those that were given, else those of the LoRA.
+
+    Raises:
+        UserError: Neither says one.
+    """
+    if concept:
+        return list(concept)
+    if not loras:
+        raise UserError(
+            "got neither --concept nor --lora; allowed: a concept to look for; say for example "
+            "--concept bomb"
+        )
+    from expunge.adapters import read_metadata
+
+    texts: list[str] = []
+    for lora in loras:
+        found = read_metadata(lora).get("concept", {})
+        targets = found.get("targets") or [found[key] for key in ("name",) if key in found]
+        if not targets:
+            raise UserError(
+                f"got LoRA {lora}, which does not say what it erases; allowed: one that expunge "
+                "wrote, or any with --concept; say for example --concept bomb"
+            )
+        texts += [text for text in targets if text not in texts]
+    return texts
+
+
+def adapters_of(loras: Sequence[str], scale: float) -> list[dict[str, Any]]:
+    """What a pipeline's state does not tell of its adapters."""
+    from expunge.adapters import locate
+
+    return [{"sha256": sha256_file(locate(lora)), "scale": scale} for lora in loras]
+
+
+def tokens_of(files: Sequence[str]) -> list[str]:
+    """The hashes of soft tokens' files."""
+    from expunge import soft_tokens
+
+    return [sha256_file(soft_tokens.locate(file)) for file in files]
+
+
+def refuse_another(folder: Path, overwrite: bool, settings: dict[str, Any], kind: str) -> None:
+    """Take a new folder, or that of the same run, or with `overwrite` of any of its kind.
+
+    Args:
+        folder: The output folder.
+        overwrite: Whether it may be emptied.
+        settings: What makes two runs the same, as far as it is known before a model is loaded.
+        kind: "evaluation" or "attack".
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    fresh_output_dir(folder, overwrite, not overwrite, dry_run=True)
+    if not folder.is_dir() or all(item.name == MARKER for item in folder.iterdir()):
+        return
+    # A training's folder carries the marker too, and must not be emptied for a report.
+    if not (folder / RUN).is_file() or (found := _read(folder)).get("kind", kind) != kind:
+        raise UserError(
+            f"got output folder {folder}, which holds results that are no {kind}; allowed: a "
+            "new or an empty folder; choose another --output_dir"
+        )
+    if overwrite:
+        return
+    known = found["settings"]
+    changed = [key for key in settings if known.get(key) != settings[key]]
+    # The list follows from concept and limit too; only if it alone is another does it say more.
+    changed = [key for key in changed if key != "prompt list"] or changed
+    if changed:
+        raise UserError(
+            f"got output folder {folder}, which holds an {kind} with another "
+            f"{' and '.join(changed)}; allowed: the same one (it resumes) or a new folder; choose "
+            "another --output_dir, or say --overwrite true"
+        )
+
+
+def claim(
+    folder: Path, settings: dict[str, Any], kind: str, name: str, identity: dict[str, Any]
+) -> None:
+    """Write down whose results the folder holds; refuse a model that has changed since.
+
+    Args:
+        folder: The output folder.
+        settings: As for `refuse_another`.
+        kind: "evaluation" or "attack".
+        name: Which of the run's models this is.
+        identity: What its pictures depend on.
+
+    Raises:
+        UserError: The model of this name was another.
+    """
+    fresh = {"kind": kind, "settings": settings, "generators": {}}
+    run = _read(folder) if (folder / RUN).is_file() else fresh
+    known = run["generators"].setdefault(name, identity)
+    if known != identity:
+        changed = [key for key in identity if known.get(key) != identity[key]]
+        raise UserError(
+            f"got output folder {folder}, which holds an {kind} of another {name} model "
+            f"({', '.join(changed)} changed); choose another --output_dir, or say --overwrite true"
+        )
+    write_json_atomic(folder / RUN, run)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if not isinstance(found["settings"], dict) or not isinstance(found["generators"], dict):
+            raise ValueError("it holds no run")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"got output folder {folder}, whose {RUN} cannot be read ({error!r}); choose another "
+            "--output_dir, or say --overwrite true"
+        ) from None
+    return found
