@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.command import EvalConfig, run
 from expunge.eval.detectors.emoji_judge import load_judge
+from expunge.eval.metrics.discrepancy import mmd2, polynomial
 from expunge.eval.production import to_tensor
 from expunge.eval.store import ImageStore
 from expunge.generation import generate
@@ -44,28 +46,6 @@ def features_of(model: str, clip: str) -> Features:
         judge, _ = load_judge(bundled(model) / "judge")
         return judge.features
     return load_clip(clip).encode_images
-
-
-def kid(x: Tensor, y: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy under k(a, b) = (a·b / d + 1)³ (arXiv 1801.01401).
-
-    Pictures come in pairs of one prompt and seed, which are not independent: pairs are left out of
-    the cross term as a picture and itself are of the others.
-
-    Args:
-        x: Features (n, d).
-        y: Features (n, d), of the same prompts and seeds in the same order.
-    """
-    x, y = x.double(), y.double()
-
-    def k(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean(a: Tensor, b: Tensor) -> Tensor:
-        table = k(a, b)
-        return (table.sum() - table.diagonal().sum()) / (len(a) * (len(a) - 1))
-
-    return float(mean(x, x) + mean(y, y) - 2 * mean(x, y))
 
 
 def row(
@@ -112,9 +92,14 @@ def row(
     )
     features, eye = features_of(model, clip), load_clip(clip)
     with torch.no_grad():
-        seen = [torch.cat([features(part) for part in x.split(64)]) for x in (ours, base)]
+        seen = [
+            torch.cat([features(part) for part in x.split(64)]).double().numpy()
+            for x in (ours, base)
+        ]
         texts = eye.encode_texts([case["prompt"] for case in cases])
         score = torch.cat([eye.encode_images(part) for part in ours.split(64)]).mul(texts).sum(1)
+    found = mmd2(*seen, polynomial, np.zeros(len(cases), int), paired=True)
+    assert found is not None  # two pictures or more
     metrics = report["metrics"]
     harmful = {
         case["group"]
@@ -129,7 +114,7 @@ def row(
         "base": report["base"],
         "benign_changed": sum(round(m["value"] * m["n"]) for m in counts) / n if n else None,
         "benign_n": n,
-        "kid": kid(*seen),
+        "kid": found[0],
         "clip_score": float(score.mean()),
         "n": len(cases),
     }

@@ -190,7 +190,8 @@ SCRIPT = "import sys; from expunge.cli import main; sys.exit(main(sys.argv[1:]))
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen, str]:
-    """The command and the address of its page."""
+    """The command and the address of its page; interrupts reach it however pytest was started."""
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, "feedback", *arguments],
         stdout=subprocess.PIPE,
@@ -198,6 +199,7 @@ def start(*arguments: str) -> tuple[subprocess.Popen, str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    signal.signal(signal.SIGINT, heard)
     for line in process.stdout:
         if line.startswith("open http://127.0.0.1:"):
             return process, line.split()[1]

@@ -95,7 +95,7 @@ def test_without_a_lora_everything_succeeds_by_itself(attack, tmp_path) -> None:
         ({"attack": "p5d", "attack.queries": None, "attack.at_once": None}, "did you mean p4d?"),
         ({"attack.queris": 2}, "queries"),
         ({"attack.queries": 0}, "got queries 0"),
-        ({"lora": None}, "got no --concept"),
+        ({"lora": None}, "got neither --concept nor --lora"),
         ({"concept": "a zeppelin"}, "zeppelin"),
         ({"group": "pairs"}, "among target"),
         ({"at_once": 0}, "got at_once 0"),
