@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ RESULTS = {
     "pytorch_lora_weights.safetensors": "lora",
     "report.json": "report",
     "report.md": "report",
+    "report.html": "report",
     "grid.png": "report",
 }
 
@@ -30,7 +32,7 @@ class DemoConfig:
             raise ValueError(f"got limit {self.limit}; allowed: 1 or more")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Erase "bomb" from the emoji model, evaluate before and after, leave a picture and a table."""
     config = parse(DemoConfig, argv, "expunge demo")
     from expunge.eval.command import main as evaluate
@@ -44,16 +46,22 @@ def main(argv: list[str]) -> None:
     print(
         "2. Measure: the same prompts and seeds before and after, judged independently", flush=True
     )
-    evaluate(
+    # A process computes on one thread, so that a picture has the same bits everywhere.
+    status = evaluate(
         [
             *("--suite", "emoji", "--model", "emoji", "--lora", str(folder / "lora")),
             *("--limit", str(config.limit), "--output_dir", str(folder / "report")),
+            *("--processes", str(min(2, os.cpu_count() or 1))),
         ]
     )
+    if status:
+        return status
     for name, where in RESULTS.items():
         temporary = folder / f".{name}.tmp"
         shutil.copyfile(folder / where / name, temporary)
         temporary.replace(folder / name)
     minutes = (time.monotonic() - started) / 60
     print(f"{minutes:.1f} minutes. Before and after: {folder / 'grid.png'}")
+    print(f"Every picture and number: {folder / 'report.html'}")
     print(f"The LoRA: {folder / 'pytorch_lora_weights.safetensors'}")
+    return 0
