@@ -109,7 +109,7 @@ def claim(
     Raises:
         UserError: The model of this name was another.
     """
-    fresh = {"kind": kind, "settings": settings, "generators": {}}
+    fresh: dict[str, Any] = {"kind": kind, "settings": settings, "generators": {}}
     run = _read(folder) if (folder / RUN).is_file() else fresh
     known = run["generators"].setdefault(name, identity)
     if known != identity:
