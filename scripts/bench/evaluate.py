@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -34,7 +35,9 @@ class Config:
     prompts: int = 10_000
     steps: int = 25
     processes: int = 2
-    metrics: list[str] = field(default_factory=list, metadata={"help": "picture metrics as well"})
+    metrics: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "more metrics, as a suite has them"}
+    )
 
 
 @dataclass
@@ -86,7 +89,8 @@ def write_suite(config: Config) -> None:
         "detector": {"type": "emoji_judge"}, "groups": {"cross_domain": "Everything else"},
         "metrics": {
             "kept_cross_domain": {"type": "seen_rate", "higher_is_better": True, "meaning": "kept"}
-        } | {name: {"type": name} for name in config.metrics},
+        }
+        | config.metrics,
     }  # fmt: skip
     (config.output_dir / "suite.yaml").write_text(yaml.safe_dump(table))
 
