@@ -28,11 +28,16 @@ class LatentInversion(Attack):
         told: What the model is told while it inverts: the case's prompt, or none; each is tried.
         steps: DDIM steps of the inversion; null: as many as the suite samples with.
         repetitions: Predictions at each step; the first is made at the x of the step before.
+        typical: Each noise is scaled to ‖x_T‖² = d, where noise that is drawn lies (d = 1,024: 1 ±
+            0.09 d in 95 of 100). By a flow there is a noise for every picture, also for one that
+            the model would never draw; what tells them apart is how likely it is (arXiv
+            2412.00782).
     """
 
     told: list[Literal["prompt", "null"]] = field(default_factory=lambda: ["prompt", "null"])
     steps: int | None = None
     repetitions: int = 3
+    typical: bool = False
 
     access = "white box"
 
@@ -54,18 +59,24 @@ class LatentInversion(Attack):
             import torch
 
             prompts = [arena.cases[i].prompt for i in left]
-            said = condition(arena.erased, prompts if told == "prompt" else [""] * len(left))
+            texts = condition(arena.erased, prompts if told == "prompt" else [""] * len(left))
             x = torch.stack([x_0[i] for i in left])
-            noise = invert(arena.erased, x, said, n, self.repetitions)
+            noise = invert(arena.erased, x, texts, n, self.repetitions)
             arena.spend(left, n * self.repetitions)
-            trials = [
-                Trial(i, prompt, f"noise by {told}, ‖x_T‖²/d = {float(z.square().mean()):.2f}", z)
-                for i, prompt, z in zip(left, prompts, noise, strict=True)
-            ]
+            said = [f"noise by {told}, ‖x_T‖²/d = {float(z.square().mean()):.2f}" for z in noise]
+            if self.typical:
+                noise = on_shell(noise)
+            trials = [Trial(*trial) for trial in zip(left, prompts, said, noise, strict=True)]
             seen = arena.attempt(trials)
             left = [i for i, yes in zip(left, seen, strict=True) if not yes]
             if not left:
                 return
+
+
+def on_shell(x: Tensor) -> Tensor:
+    """x √d / ‖x‖ of each sample, (B, C, h, w)."""
+    size: Tensor = x.square().flatten(1).mean(1).sqrt()
+    return x / size.view(-1, 1, 1, 1)
 
 
 def invert(pipeline: Any, x_0: Tensor, told: Conditioning, steps: int, repetitions: int) -> Tensor:

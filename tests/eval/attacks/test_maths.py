@@ -11,7 +11,7 @@ from expunge.concepts import Concept
 from expunge.conditioning import condition
 from expunge.eval.attacks import white_box
 from expunge.eval.attacks.arena import Trial
-from expunge.eval.attacks.latent_inversion import invert
+from expunge.eval.attacks.latent_inversion import LatentInversion, invert, on_shell
 from expunge.eval.attacks.p4d import Prompting4Debugging, nearest_words
 from expunge.eval.attacks.paraphrase import categories, rewrites
 from expunge.eval.attacks.relearning import Relearning
@@ -218,6 +218,29 @@ def test_inversion_is_undone_by_sampling_without_guidance(arena, repetitions) ->
     ).images
     error = float((back - x_0).square().mean() / x_0.square().mean())
     assert error < (0.3 if repetitions == 1 else 0.1)
+
+
+def test_typical_noise_has_the_length_of_noise_and_its_own_direction() -> None:
+    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [0.8, 1.0, 1.6]
+    ).view(-1, 1, 1, 1)
+    found = on_shell(x)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.full((3,), 1024.0).sqrt())
+    cosine = torch.cosine_similarity(found.flatten(1), x.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(3))
+
+
+def test_typical_noise_is_what_is_sampled_from(arena) -> None:
+    field, tried = arena(n=2), []
+    field.look()
+    attempt = field.attempt
+    field.attempt = lambda trials: tried.extend(trials) or attempt(trials)
+    LatentInversion(told=["prompt"], repetitions=1, typical=True).run(field, [0, 1])
+    assert [trial.case for trial in tried] == [0, 1]
+    for trial in tried:
+        assert float(trial.noise.square().mean()) == pytest.approx(1, abs=1e-4)
+        # What stands beside it is the length that was found, before it was scaled.
+        assert not trial.said.endswith("= 1.00")
 
 
 def _base_picture(arena) -> str:
