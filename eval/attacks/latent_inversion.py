@@ -74,7 +74,7 @@ class LatentInversion(Attack):
 
 
 def on_shell(x: Tensor) -> Tensor:
-    """x √d / ‖x‖ of each sample, (B, C, h, w)."""
+    """Each sample as x √d / ‖x‖, (B, C, h, w)."""
     size: Tensor = x.square().flatten(1).mean(1).sqrt()
     return x / size.view(-1, 1, 1, 1)
 
