@@ -15,6 +15,7 @@ from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd
 from expunge.train.objectives.slider import Slider
 from expunge.train.objectives.spm import Spm
+from expunge.train.objectives.twin import Twin
 from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
 from expunge.train.robust import Robust
@@ -77,6 +78,12 @@ KINDS = {
         "objective": Esd(),
         "gate": Gate(density=ClipText(threshold=-1.0)),
         "latents": Replay(steps=3, source="teacher", rollouts=5, refresh=3),
+    },
+    "twin": {
+        "objective": Twin(),
+        "start": Uce(),
+        "latents": Noised(count=6, steps=2, unprompted=0.5),
+        "robust": Robust(restart=3),
     },
     "esd-start": {"objective": Esd(), "start": Uce()},
     "esd-robust": {"objective": Esd(), "robust": Robust(restart=3)},

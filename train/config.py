@@ -164,6 +164,17 @@ class TrainConfig:
                 "got an objective that learns the true noise, with latents that do not know it; "
                 "allowed: latents.type noised"
             )
+        if "twin/made" in getattr(self.objective, "needs", ()):
+            if self.start is None:
+                raise ValueError(
+                    "got objective twin without start: the student would draw its twins as the "
+                    "teacher draws the concept; allowed: start.type uce or rece"
+                )
+            if self.latents.folder:
+                raise ValueError(
+                    "got objective twin with latents.folder, whose pictures have no twins; "
+                    "allowed: pictures that are drawn; leave the folder out"
+                )
         anchors = map(self.concept.anchor_of, self.concept.targets)
         if getattr(self.objective, "wants_anchor", False) and not all(map(str.strip, anchors)):
             raise ValueError(

@@ -30,6 +30,7 @@ class Maker:
         neutral: The prompt of the unconditional prediction.
         shape: (C, h, w).
         vae: The model's autoencoder, for who makes latents of pictures.
+        twins: Whether the objective asks for the twins of pictures.
         share: What of a batch this process makes.
     """
 
@@ -38,6 +39,7 @@ class Maker:
     neutral: str
     shape: Shape
     vae: Any = None
+    twins: bool = False
     share: Share = field(default_factory=Share)
 
 
@@ -350,13 +352,15 @@ def trajectory(
     embeddings: Conditioning,
     null: Conditioning,
     k: int,
+    source: str = "",
 ) -> Iterator[_State]:
-    """The first k steps of DDIM with guidance; `how` says its scale and source."""
+    """The first k steps of DDIM with guidance; `how` says its scale, and else its source."""
+    source = source or how.source
     device, batch = x_t.device, len(x_t)
     both = Conditioning.cat([null.expand(batch), embeddings])
-    network = "teacher" if how.source == "teacher" else "student_sg"
+    network = "teacher" if source == "teacher" else "student_sg"
     # Once for all steps: every change of weights goes by way of the CPU.
-    with networks.averaged() if how.source == "ema" else nullcontext():
+    with networks.averaged() if source == "ema" else nullcontext():
         for t in scheduler.timesteps[:k]:
             inputs = Inputs(torch.cat([x_t, x_t]), t.expand(2 * batch).to(device), both)
             raw = networks.raw(network, inputs)

@@ -131,6 +131,7 @@ class Trainer:
             config.concept.neutral,
             backbones.latent_shape(pipeline),
             pipeline.vae,
+            "twin/made" in objective.needs,
             self.share,
         )
         self.losses = Losses(config, pipeline, self.maker, self.latents)

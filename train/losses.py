@@ -20,7 +20,7 @@ from expunge.train.predictions import Inputs
 from expunge.train.preserve import nearest
 from expunge.train.several import Turns
 
-LASTING = ("teacher", "gate", "noise")  # of one latent they are always the same
+LASTING = ("teacher", "gate", "noise", "twin")  # of one latent they are always the same
 KEPT = ("student/retained", "teacher/retained")
 
 
@@ -171,7 +171,11 @@ class Losses:
         # Evenly among the samples of all processes, so that their number changes nothing.
         s, share = self.attack.how.share, self.maker.share
         rows = share.rows(share.count * len(prompts))
-        hit = [(r + 1) * s + self.offset >= 1 + int(r * s + self.offset) for r in rows]
+        # Where nothing is said there is nothing to attack.
+        hit = [
+            bool(prompt) and (r + 1) * s + self.offset >= 1 + int(r * s + self.offset)
+            for prompt, r in zip(prompts, rows, strict=True)
+        ]
         order = sorted(range(len(prompts)), key=lambda i: not hit[i])
         attacked, rest = ([prompts[i] for i in order if hit[i] == x] for x in (True, False))
         parts = [self.attack(attacked)] if attacked else []

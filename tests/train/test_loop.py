@@ -21,6 +21,7 @@ from expunge.train.noised import Noised
 from expunge.train.objectives.ablation import Ablation
 from expunge.train.objectives.density import Density
 from expunge.train.objectives.esd import Esd
+from expunge.train.objectives.twin import Twin
 from expunge.train.objectives.uce import Uce
 from expunge.train.preserve import Preserve
 from expunge.train.several import Several
@@ -64,8 +65,9 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     )
     assert forwards["student"] == 4 * (2 + 2 * networks.count("student")) * 3
     if isinstance(run.latents, Noised):
-        # Two steps, a pair each, of two batches of four.
-        assert forwards["sampling"] == 2 * 2 * 2 * 4
+        # Two steps, a pair each, of two batches of four; the two erased may have twins.
+        twins = 2 * ("twin/made" in run.objective.needs)
+        assert forwards["sampling"] == 2 * 2 * 2 * (4 + twins)
         assert forwards["teacher"] == 4 * (2 + 2 * passes)
     elif isinstance(run.latents, Replay):
         # Two banks in four steps, each of two batches of four or more, three steps, a pair each.
@@ -163,6 +165,9 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
         ({"objective": Uce(), "preserve": Preserve(), "lora": Lora(targets="x")}, "lora.targets"),
         ({"latents": Noised(), "several": Several(order="balanced")}, "drawn once"),
         ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
+        ({"objective": Twin(), "start": Uce()}, r"latents\.type noised"),
+        ({"objective": Twin(), "latents": Noised()}, "start.type uce"),
+        ({"objective": Twin(), "latents": Noised(folder="x"), "start": Uce()}, "no twins"),
     ],
 )
 def test_settings_that_contradict_each_other(tiny_sd1, tmp_path, changes, match) -> None:

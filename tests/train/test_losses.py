@@ -106,6 +106,16 @@ def test_an_anchor_is_what_ablation_begins_with(tiny_sd1) -> None:
     torch.testing.assert_close(student, teacher)
 
 
+def test_where_nothing_is_said_there_is_nothing_to_attack(tiny_sd1) -> None:
+    """An attack on the empty prompt would not find its target there."""
+    silent = Noised(count=2, steps=2, unprompted=1.0)
+    losses, read = losses_of(tiny_sd1, Ablation(target="noise"), silent)
+    losses.attack = Robust(share=1.0).open(backbones.load_pipeline(tiny_sd1), INK, 0)
+    losses(0)
+    assert "a bomb in ink style" not in read
+    assert not any(δ.grad is not None for row in losses.attack.δ for δ in row)
+
+
 @pytest.mark.parametrize("what", [{"gate": Gate()}, {"robust": Robust()}])
 @pytest.mark.parametrize("objective", [Esd(erase_from="a weapon"), Slider(subject="a weapon")])
 def test_what_works_on_the_concepts_prompt_needs_it(objective, what) -> None:

@@ -119,6 +119,61 @@ def test_they_come_back_from_their_state(tiny_sd1) -> None:
         assert torch.equal(a.t, b.t)
 
 
+def test_twins_begin_with_the_same_noise_and_are_the_students(tiny_sd1) -> None:
+    maker, how = replace(maker_of(tiny_sd1), twins=True), Noised(count=6, steps=3)
+    pictures, again = how.open(), how.open()
+    (batch,) = batches(maker, pictures)
+    networks = maker.networks
+    assert networks.forwards["sampling"] == 2 * 3 * (6 + 2)  # two requests of three, two erased
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.unet = networks.unet  # with the student's LoRA
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))[:1]
+    drawn = pipeline(
+        ["a key"], latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+    ).images
+    twins = pictures.latents["twins"]
+    assert twins.shape == pictures.latents["erased"].shape == (2, 4, 8, 8)
+    torch.testing.assert_close(twins[:1], drawn, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(twins[:1], pictures.latents["erased"][:1], atol=0.05)
+    # The ε that is told of a twin leads from x_t to it.
+    again.load_state_dict(pictures.state_dict())
+    for source in (pictures, again):
+        for batch in batches(maker, source, range(1, 20)):
+            ᾱ = prediction.alpha_bar(networks.scheduler, batch.t[:1])
+            x0, twin = (
+                prediction.to_x0(batch.recall(name), batch.x_t[:1], ᾱ)
+                for name in ("noise/made", "twin/made")
+            )
+            i = (pictures.latents["erased"] - x0).abs().flatten(1).amax(1).argmin()
+            torch.testing.assert_close(twin, twins[i : i + 1], atol=1e-2, rtol=1e-2)
+
+
+def test_without_a_wish_there_are_no_twins(tiny_sd1) -> None:
+    pictures = Noised(count=3, steps=2).open()
+    (batch,) = batches(maker_of(tiny_sd1), pictures)
+    assert not len(pictures.latents["twins"])
+    assert batch.lacks("twin/made").all()
+
+
+def test_a_share_is_read_without_its_prompt(tiny_sd1) -> None:
+    maker = maker_of(tiny_sd1)
+    spoken, silent = (Noised(count=3, steps=2, unprompted=share).open() for share in (0.0, 0.25))
+    n, found = 300, 0
+    request = Request(REQUEST.erased, [("a cat face", "a cat face")])
+    for a, b in zip(
+        batches(maker, spoken, range(n), request),
+        batches(maker, silent, range(n), request),
+        strict=True,
+    ):
+        assert torch.equal(a.x_t, b.x_t)  # of the same pictures, which were drawn with it
+        assert b.request.erased[0] in [("a key", "a bomb"), ("a key", "")]
+        assert b.request.retained[0] in [("a cat face", "a cat face"), ("", "")]
+        found += (b.request.erased[0][1] == "") + (b.request.retained[0] == ("", ""))
+        assert a.request == request
+    assert found / (2 * n) == pytest.approx(0.25, abs=0.05)
+    assert request.erased == REQUEST.erased
+
+
 def folder_of(path, pictures) -> str:
     path.mkdir()
     for index, picture in enumerate(pictures):
@@ -177,7 +232,7 @@ def test_a_folder_that_cannot_be_used(tmp_path) -> None:
         Noised(folder=str(tmp_path)).open()
 
 
-@pytest.mark.parametrize("bad", [{"count": 0}, {"steps": 0}, {"steps": 2000}])
+@pytest.mark.parametrize("bad", [{"count": 0}, {"steps": 0}, {"steps": 2000}, {"unprompted": 1.1}])
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Noised(**bad)

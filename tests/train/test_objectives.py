@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expunge import backbones
+from expunge import backbones, prediction
 from expunge.concepts import Concept
 from expunge.conditioning import Conditioning
 from expunge.configuration import dump, parse
@@ -21,6 +21,7 @@ from expunge.train.objectives.hfi import Hfi
 from expunge.train.objectives.sdd import Sdd, sdd_target
 from expunge.train.objectives.slider import Slider, slider_target
 from expunge.train.objectives.spm import Spm, latent_anchors
+from expunge.train.objectives.twin import Twin, twin_weight
 from expunge.train.predictions import NETWORKS
 
 e0, ep, e_from = torch.randn(3, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -225,6 +226,41 @@ def test_esd_refuses_a_senseless_strength(bad) -> None:
         Esd(**bad)
 
 
+def test_twins_of_distance_one_are_weighted_by_min_snr() -> None:
+    x0, ε = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
+    twin = x0 + torch.tensor([1.0, -1.0]).repeat(128).view(4, 8, 8)
+    ᾱ = torch.tensor([0.01, 0.3, 0.5, 0.9, 0.999])
+    x_t = prediction.noised(x0, ε, ᾱ)
+    to_twin = prediction.to_epsilon(twin, x_t, ᾱ, "sample")
+    snr = ᾱ / (1 - ᾱ)
+    for γ in (0.5, 1.0, 5.0):
+        expected = torch.minimum(snr, torch.tensor(γ)) / snr
+        torch.testing.assert_close(twin_weight(ε, to_twin, γ), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_picture_that_is_its_own_twin_is_trained_on_as_it_is() -> None:
+    ε, student = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    given = {"student/concept": student, "noise/made": ε, "twin/made": ε}
+    torch.testing.assert_close(Twin().loss(given), mse(student, ε))
+
+
+def test_twins_are_drawn_of_the_concept_alone_and_in_company() -> None:
+    concept = Concept(targets=["a bomb"], templates=["ink {}"], preserve=["", "a key", "a bomb"])
+    for pairs, prompts in (
+        (0.0, {"ink a bomb"}),
+        (1.0, {"ink a bomb and a key", "ink a key and a bomb"}),
+    ):
+        rng = random.Random(0)
+        drawn = {Twin(pairs=pairs).prompts(concept, rng) for _ in range(40)}
+        assert drawn == {(prompt, prompt) for prompt in prompts}
+
+
+@pytest.mark.parametrize("bad", [{"gamma": 0}, {"gamma": float("nan")}, {"pairs": 1.5}])
+def test_senseless_twins(bad) -> None:
+    with pytest.raises(ValueError, match="allowed: gamma"):
+        Twin(**bad)
+
+
 CLOSED = [name for name in OBJECTIVES.names() if isinstance(OBJECTIVES.load(name)(), ClosedForm)]
 TRAINED = [name for name in OBJECTIVES.names() if name not in CLOSED]
 
@@ -242,6 +278,8 @@ class TestEveryContract:
         assert cls.__dataclass_params__.frozen
         argv = ["--output_dir", "x", "--concept.targets", "[a bomb]", "--objective.type", name]
         argv += ["--concept.anchor", "a balloon"]  # some refuse to do without
+        if name == "twin":
+            argv += ["--start.type", "uce", "--latents.type", "noised"]
         config = parse(TrainConfig, argv)
         assert type(config.objective) is cls
         assert "type: " + name in dump(config)
@@ -279,7 +317,7 @@ class TestContract:
         assert isinstance(objective, Objective)
         for need in objective.needs:
             network, prompt = need.split("/")
-            assert network in NETWORKS or need in ("guided/concept", "noise/made")
+            assert network in NETWORKS or need in ("guided/concept", "noise/made", "twin/made")
             assert prompt in ("concept", "null", "anchor", "made") or isinstance(
                 objective, Embedder
             )

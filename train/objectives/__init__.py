@@ -33,6 +33,10 @@ OBJECTIVES = Registry(
             "expunge.train.objectives.density:Density",
             "what the guard would do, learnt: erases where p_h sees the concept (ours)",
         ),
+        "twin": Entry(
+            "expunge.train.objectives.twin:Twin",
+            "pictures of the concept become their harmless twins, whatever is said (ours)",
+        ),
         "uce": Entry(
             "expunge.train.objectives.uce:Uce",
             "unified concept editing: keys and values in closed form (arXiv 2308.14761)",

@@ -25,8 +25,8 @@ class Objective(Protocol):
             `student_sg` (stop-gradient), `teacher` (the frozen base), `ema`. Prompts: `concept`,
             `null`, `anchor` (the concept's with the anchor in the target's place), `made` (what x_t
             was made with), and what its own `embeddings` makes of these. `guided/concept` is what
-            its own `guide` makes of the others; `noise/made` the true ε, which `noised` latents
-            know.
+            its own `guide` makes of the others; `noise/made` the true ε, and `twin/made` the ε
+            that would lead to the picture's twin, which `noised` latents know.
         modules: The module group that gets the LoRA when `lora.targets` says nothing.
         ema_decay: Decay of the averaged student; 0 keeps none. When there is one, it is exported.
     """
@@ -87,6 +87,18 @@ class ClosedForm(Protocol):
     def fit(self, pipeline: Any, concept: Concept) -> Edit:
         """The frozen edit of all layers of the group."""
         ...
+
+
+def beside(concept: Concept, pairs: float, rng: random.Random) -> str:
+    """A prompt about one target: alone, or in a share `pairs` beside a retained noun."""
+    from expunge.train.preserve import Preserve
+
+    text, nouns = rng.choice(concept.targets), Preserve.nouns(concept)
+    if nouns and rng.random() < pairs:
+        two = [text, rng.choice(nouns)]
+        rng.shuffle(two)
+        text = " and ".join(two)
+    return rng.choice(concept.templates).replace("{}", text)
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

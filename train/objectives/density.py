@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from expunge.concepts import Concept
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
-from expunge.train.objectives.base import mse
+from expunge.train.objectives.base import beside, mse
 from expunge.train.sight import Sight
 
 if TYPE_CHECKING:
@@ -107,14 +107,7 @@ class Density:
 
     def prompts(self, concept: Concept, rng: random.Random) -> tuple[str, str]:
         """One target, alone or beside a retained noun, for x_t and for the loss."""
-        from expunge.train.preserve import Preserve
-
-        text, nouns = rng.choice(concept.targets), Preserve.nouns(concept)
-        if nouns and rng.random() < self.pairs:
-            two = [text, rng.choice(nouns)]
-            rng.shuffle(two)
-            text = " and ".join(two)
-        prompt = rng.choice(concept.templates).replace("{}", text)
+        prompt = beside(concept, self.pairs, rng)
         return prompt, prompt
 
     def guide(self, pipeline: Any, concept: Concept, maker: Maker) -> Guide:
