@@ -158,8 +158,8 @@ def cell(method: str, subject: Subject, seed: int, config: Config, folder: Path)
     for key, value in settings.items():
         arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if (folder / "train_result.json").exists():
-        found, wanted = load(TrainConfig, folder / "config.yaml"), parse(TrainConfig, arguments)
-        require_same(folder, found, wanted)
+        made_with = load(TrainConfig, folder / "config.yaml")
+        require_same(folder, made_with, parse(TrainConfig, arguments))
     else:
         arguments += ["--overwrite", "true"] if folder.exists() else []
         command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
@@ -168,11 +168,11 @@ def cell(method: str, subject: Subject, seed: int, config: Config, folder: Path)
         if done.returncode:
             raise UserError(f"the training of {folder} failed: {done.stderr.strip()[-300:]}")
     trained = json.loads((folder / "train_result.json").read_text())
-    measured = row(
+    found = row(
         {"type": "plain"}, folder / "report", config.output_dir / "images", suite="emoji",
         concept=[subject.asked], limit=config.limit, lora=[str(folder)],
     )  # fmt: skip
-    return measured | {
+    return found | {
         "forwards": sum(trained["unet_forwards"].values()), "seconds": trained["seconds"],
     }  # fmt: skip
 
