@@ -62,8 +62,7 @@ class LatentInversion(Attack):
                 Trial(i, prompt, f"noise by {told}, ‖x_T‖²/d = {float(z.square().mean()):.2f}", z)
                 for i, prompt, z in zip(left, prompts, noise, strict=True)
             ]
-            seen = arena.attempt(trials)
-            left = [i for i, yes in zip(left, seen, strict=True) if not yes]
+            left = arena.withstood(trials)
             if not left:
                 return
 
