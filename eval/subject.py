@@ -46,6 +46,7 @@ class Subject:
     overwrite: bool = False
 
     positive: ClassVar[tuple[str, ...]] = ("batch_size",)
+    """The fields that must be 1 or more."""
 
     def __post_init__(self) -> None:
         for name in self.positive:
