@@ -58,8 +58,9 @@ def test_differences_are_those_of_the_pairs(runs: tuple[Run, Run]) -> None:
     a = edited(a, lambda _, rows: [r.update(prompt=f"prompt {i}") for i, r in enumerate(rows)])
     found = compare([Method("a", (a,)), Method("b", (b,))])
     for d in found.differences:
-        if d.of == "b" and d.against == "a":
-            x, y = (np.array(run.answers(d.metric), float) for run in (a, b))
+        if d.of == "b":
+            theirs = a.answers(d.metric, "base" if d.against == "base" else None)
+            x, y = (np.array(answers, float) for answers in (theirs, b.answers(d.metric)))
             won, lost = int(((y - x) > 0).sum()), int(((x - y) > 0).sum())
             p = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
             assert d.paired is not None
