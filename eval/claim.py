@@ -1,4 +1,4 @@
-"""Whose results an output folder holds, and which adapters and concept they are about.
+"""Whose results an output folder holds.
 
 `run.json` says what was asked for and which models there were, so that the same command goes on
 where it was and another is refused before anything is written.
@@ -7,56 +7,13 @@ where it was and another is refused before anything is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from expunge.errors import UserError
-from expunge.results import MARKER, fresh_output_dir, sha256_file, write_json_atomic
+from expunge.results import MARKER, fresh_output_dir, write_json_atomic
 
 RUN = "run.json"
-
-
-def concept_of(concept: Sequence[str], loras: Sequence[str]) -> list[str]:
-    """The texts of the concept under test: those that were given, else those of the LoRA.
-
-    Raises:
-        UserError: Neither says one.
-    """
-    if concept:
-        return list(concept)
-    if not loras:
-        raise UserError(
-            "got neither --concept nor --lora; allowed: a concept to look for; say for example "
-            "--concept bomb"
-        )
-    from expunge.adapters import read_metadata
-
-    texts: list[str] = []
-    for lora in loras:
-        found = read_metadata(lora).get("concept", {})
-        targets = found.get("targets") or [found[key] for key in ("name",) if key in found]
-        if not targets:
-            raise UserError(
-                f"got LoRA {lora}, which does not say what it erases; allowed: one that expunge "
-                "wrote, or any with --concept; say for example --concept bomb"
-            )
-        texts += [text for text in targets if text not in texts]
-    return texts
-
-
-def adapters_of(loras: Sequence[str], scale: float) -> list[dict[str, Any]]:
-    """What a pipeline's state does not tell of its adapters."""
-    from expunge.adapters import locate
-
-    return [{"sha256": sha256_file(locate(lora)), "scale": scale} for lora in loras]
-
-
-def tokens_of(files: Sequence[str]) -> list[str]:
-    """The hashes of soft tokens' files."""
-    from expunge import soft_tokens
-
-    return [sha256_file(soft_tokens.locate(file)) for file in files]
 
 
 def refuse_another(folder: Path, overwrite: bool, settings: dict[str, Any], kind: str) -> None:

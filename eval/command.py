@@ -7,79 +7,60 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
-from expunge.eval.claim import adapters_of, claim, concept_of, refuse_another, tokens_of
+from expunge.eval.claim import claim, refuse_another
+from expunge.eval.subject import REPEAT, Device, Subject
 from expunge.results import fresh_output_dir, sha256_json, write_json_atomic
 from expunge.sampling.samplers import SAMPLERS
 from expunge.sampling.samplers.plain import Plain
 from expunge.schema import encode
 
 PLAIN = "plain"
-_REPEAT = "may be repeated"
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Subject):
     """What `expunge eval` is told."""
 
     output_dir: Path = field(metadata={"help": "where the report goes; a rerun resumes"})
     suite: str = field(default="emoji", metadata={"help": "expunge ls suites, or a YAML file"})
-    prompts: Path | None = field(
-        default=None,
-        metadata={"help": "the prompt list, for a suite that reads one; default: the suite's path"},
-    )
-    model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
-    lora: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"a LoRA's folder or file; {_REPEAT}", "repeat": True},
-    )
-    lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
-    tokens: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"file of a soft token that prompts name; {_REPEAT}", "repeat": True},
-    )
-    sampler: Annotated[Any, SAMPLERS] = field(
-        default_factory=Plain, metadata={"help": "how to sample; it is told the same concept"}
-    )
     concept: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"the concept under test; {_REPEAT}; without it, what the LoRA says it erases",
+            "help": f"the concept under test; {REPEAT}; without it, what the LoRA says it erases",
             "repeat": True,
         },
     )
-    base: bool = field(default=True, metadata={"help": "evaluate the plain model as well"})
     limit: int | None = field(
         default=None, metadata={"help": "pictures per group; marks the report as a smoke run"}
     )
     batch_size: int = field(
         default=16, metadata={"help": "pictures at a time on a GPU; the CPU has its own way"}
     )
+    device: Device = field(default="auto", metadata={"help": "where the model runs"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "empty an output folder that holds another evaluation"}
+    )
+    prompts: Path | None = field(
+        default=None,
+        metadata={"help": "the prompt list, for a suite that reads one; default: the suite's path"},
+    )
+    sampler: Annotated[Any, SAMPLERS] = field(
+        default_factory=Plain, metadata={"help": "how to sample; it is told the same concept"}
+    )
+    base: bool = field(default=True, metadata={"help": "evaluate the plain model as well"})
     threads: int = field(
         default=1, metadata={"help": "of one picture on the CPU; another number, other last bits"}
     )
     processes: int = field(
         default=1, metadata={"help": "that share the work on this machine's CPU"}
     )
-    store: Path | None = field(
-        default=None,
-        metadata={"help": "folder of pictures that runs share; default: OUTPUT_DIR/images"},
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = field(
-        default="auto", metadata={"help": "where the model runs"}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "empty an output folder that holds another evaluation"}
-    )
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "threads", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"got {name} {getattr(self, name)}; allowed: a positive number")
+    positive = ("batch_size", "threads", "processes")
 
 
 def main(argv: list[str]) -> int:
@@ -113,7 +94,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     if config.prompts is not None:
         suite = with_prompts(suite, config.prompts)
-    plan = suite.prompts.plan(concept_of(config.concept, config.lora), config.limit)
+    plan = suite.prompts.plan(config.concept_texts(), config.limit)
     panel = Panel.open(suite)
     settings = _settings(config) | {
         "suite": suite.sha256(),
@@ -135,7 +116,6 @@ def _run(
 ) -> dict[str, Any]:
     from expunge.eval.harness import changed, evaluate
     from expunge.eval.report import Evaluation, print_table, write_report
-    from expunge.eval.store import ImageStore
 
     # Loading the erased model first finds what is wrong with it before anything is written.
     guarded = bool(config.lora) or not _plain(config)
@@ -147,7 +127,7 @@ def _run(
     if team.leads:
         fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     team.wait()
-    store = ImageStore(config.store or config.output_dir / "images")
+    store = config.images()
     outcomes: dict[str, Any] = {}
     # The base comes first, so that what looks at pictures has them beside the erased ones.
     for name in ["base", label] if guarded and config.base else [label]:
@@ -204,19 +184,13 @@ def _run(
 def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> Any:
     """The model under evaluation; the base is the same without LoRA and without sampler."""
     from expunge import soft_tokens
-    from expunge.backbones import device_of
     from expunge.eval.generators import PipelineGenerator
-    from expunge.sampling.load import load_model
 
-    device = device_of(config.device)
-    lora = config.lora if erased else []
-    pipeline = load_model(
-        config.model, lora, config.lora_scale, device=device, tokens=config.tokens
-    )
+    pipeline = config.load(erased=erased)
     soft_tokens.require(pipeline, [case.prompt for case in plan.cases])
     sampler: str | dict[str, Any] = PLAIN
     if erased and not _plain(config):
-        concept = Concept(targets=concept_of(config.concept, config.lora))
+        concept = Concept(targets=config.concept_texts())
         soft_tokens.require(pipeline, concept.targets)
         plain, pipeline = pipeline, config.sampler.wrap(pipeline, concept)
         sampler = _sampler(config) | {
@@ -228,7 +202,7 @@ def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> An
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
         sampler=sampler,
-        adapters=adapters_of(config.lora, config.lora_scale) if erased else [],
+        adapters=config.adapters() if erased else [],
         batch_size=config.batch_size,
         threads=config.threads,
     )
@@ -248,8 +222,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     """What makes two evaluations the same, as far as it is known before a model is loaded."""
     return {
         "model": config.model,
-        "adapters": adapters_of(config.lora, config.lora_scale),
-        "tokens": tokens_of(config.tokens),
+        **config.weights(),
         "sampler": PLAIN if _plain(config) else _sampler(config),
         "base": config.base,
         "limit": config.limit,

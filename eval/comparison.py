@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from expunge.errors import UserError
@@ -139,10 +140,9 @@ def compare(methods: Sequence[Method]) -> Comparison:
 
     All p-values together are corrected by Holm's method.
     """
-    notes = []
-    base, note = _shared_base([run for method in methods for run in method.runs])
-    notes += [note] if note else []
     runs = [run for method in methods for run in method.runs]
+    base, note = _shared_base(runs)
+    notes = [note] if note else []
     if any(run.report["smoke"] for run in runs):
         notes.append("smoke runs with --limit: these numbers are not comparable with any others")
     if any(len(method.runs) > 1 for method in methods):
@@ -151,20 +151,25 @@ def compare(methods: Sequence[Method]) -> Comparison:
             "of these very checkpoints on each picture; pictures are the first training's"
         )
     first = methods[0]
-    found = [
-        _difference(method, first.name, name, m, first.answers(name))
-        for method in methods[1:]
-        for name, m in _asked(method)
-    ]
-    found += [
-        _difference(method, BASE, name, m, base.answers(name, BASE))
-        for method in methods
-        for name, m in _asked(method)
-        if base is not None
-    ]
+    found = _differences(methods[1:], first.name, first.answers)
+    if base is not None:
+        found += _differences(methods, BASE, partial(base.answers, model=BASE))
     corrected = holm({str(k): d.paired.p for k, d in enumerate(found) if d.paired})
     differences = [replace(d, p_holm=corrected.get(str(k))) for k, d in enumerate(found)]
     return Comparison(tuple(methods), base, tuple(differences), len(corrected), tuple(notes))
+
+
+def _differences(
+    methods: Sequence[Method],
+    against: str,
+    answers: Callable[[str], Sequence[bool | float | None]],
+) -> list[Difference]:
+    theirs = cache(answers)  # asked once, not of each method
+    return [
+        _difference(method, against, name, m, theirs(name))
+        for method in methods
+        for name, m in _asked(method)
+    ]
 
 
 def _asked(method: Method) -> list[tuple[str, Measured]]:

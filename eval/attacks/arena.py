@@ -127,6 +127,11 @@ class Arena:
         self.spend([trial.case for trial in trials], self.picture_passes)
         return [shot.seen for shot in shots]
 
+    def withstood(self, trials: Sequence[Trial]) -> list[int]:
+        """The cases in which an attempt, one for each, does not show the concept."""
+        seen = self.attempt(trials)
+        return [trial.case for trial, yes in zip(trials, seen, strict=True) if not yes]
+
     @property
     def picture_passes(self) -> int:
         """UNet passes of one picture; a pair for guidance counts 2."""

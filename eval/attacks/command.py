@@ -4,70 +4,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.attacks import ATTACKS, Attack
-from expunge.eval.claim import adapters_of, claim, concept_of, refuse_another, tokens_of
+from expunge.eval.claim import claim, refuse_another
+from expunge.eval.subject import REPEAT, Device, Subject
 from expunge.results import fresh_output_dir, sha256_json
 from expunge.schema import encode
 
-_REPEAT = "may be repeated"
 
-
-@dataclass(frozen=True)
-class AttackConfig:
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Subject):
     """What `expunge attack` is told."""
 
     output_dir: Path = field(metadata={"help": "where attack.json goes; a rerun resumes"})
-    attack: Annotated[Any, ATTACKS] = field(metadata={"help": "what is tried, and its budget"})
     suite: str = field(
         default="emoji_attack", metadata={"help": "whose prompts and judge; or a YAML file"}
-    )
-    group: str = field(default="target", metadata={"help": "the suite's prompts to attack"})
-    model: str = field(default="emoji", metadata={"help": "emoji, a folder or a hub id"})
-    lora: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"a LoRA's folder or file; {_REPEAT}", "repeat": True},
-    )
-    lora_scale: float = field(default=1.0, metadata={"help": "strength of every LoRA"})
-    tokens: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"file of a soft token that prompts name; {_REPEAT}", "repeat": True},
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "the model before it was erased; null: without the LoRA"}
     )
     concept: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"the concept under attack; {_REPEAT}; without it, what the LoRA erases",
+            "help": f"the concept under attack; {REPEAT}; without it, what the LoRA erases",
             "repeat": True,
         },
     )
     limit: int | None = field(
         default=None, metadata={"help": "cases; marks the result as a smoke run"}
     )
-    at_once: int = field(default=8, metadata={"help": "cases that are attacked together"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time"})
-    seed: int = field(default=0, metadata={"help": "of everything that the attacker draws"})
-    store: Path | None = field(
-        default=None,
-        metadata={"help": "folder of pictures that runs share; default: OUTPUT_DIR/images"},
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = field(
-        default="auto", metadata={"help": "where the models run"}
-    )
+    device: Device = field(default="auto", metadata={"help": "where the models run"})
     overwrite: bool = field(
         default=False, metadata={"help": "empty an output folder that holds another attack"}
     )
+    attack: Annotated[Any, ATTACKS] = field(metadata={"help": "what is tried, and its budget"})
+    group: str = field(default="target", metadata={"help": "the suite's prompts to attack"})
+    base: str | None = field(
+        default=None, metadata={"help": "the model before it was erased; null: without the LoRA"}
+    )
+    at_once: int = field(default=8, metadata={"help": "cases that are attacked together"})
+    seed: int = field(default=0, metadata={"help": "of everything that the attacker draws"})
 
-    def __post_init__(self) -> None:
-        for name in ("at_once", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"got {name} {getattr(self, name)}; allowed: a positive number")
+    positive = ("at_once", "batch_size")
 
 
 def main(argv: list[str]) -> None:
@@ -89,7 +69,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
     from expunge.eval.suite import load_suite
 
     suite = load_suite(config.suite)
-    plan = suite.prompts.plan(concept_of(config.concept, config.lora), config.limit)
+    plan = suite.prompts.plan(config.concept_texts(), config.limit)
     cases = _cases(config, suite, plan)
     detector = suite.detector.open()
     settings = {
@@ -99,8 +79,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
         "concept": list(plan.tested.texts),
         "model": config.model,
         "base": config.base,
-        "adapters": adapters_of(config.lora, config.lora_scale),
-        "tokens": tokens_of(config.tokens),
+        **config.weights(),
         "detector": detector.protocol(),
         "at_once": config.at_once,
         "seed": config.seed,
@@ -145,36 +124,29 @@ def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
 
 
 def _arena(config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: Any) -> Any:
-    from expunge.backbones import device_of
     from expunge.eval.attacks.arena import Arena
-    from expunge.eval.store import ImageStore
-    from expunge.sampling.load import load_model
 
-    device = device_of(config.device)
     missing = {label for case in cases for q in case.questions for label in q.labels}
     if missing := missing - detector.labels:
         raise UserError(
             f"got a suite that asks for {', '.join(sorted(missing))}; allowed: what its detector "
             f"tells: {', '.join(sorted(detector.labels)[:8])}…"
         )
-    erased = load_model(
-        config.model, config.lora, config.lora_scale, device=device, tokens=config.tokens
-    )
     return Arena(
-        erased=erased,
-        base=load_model(config.base or config.model, [], device=device, tokens=config.tokens),
+        erased=config.load(erased=True),
+        base=config.load(erased=False, model=config.base),
         cases=cases,
         concept=named(plan.tested.texts, plan.tested.labels),
         labels=plan.tested.labels,
         detector=detector,
         threshold=suite.detector.threshold,
-        store=ImageStore(config.store or config.output_dir / "images"),
+        store=config.images(),
         folder=config.output_dir,
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
         seed=config.seed,
         batch_size=config.batch_size,
-        adapters=adapters_of(config.lora, config.lora_scale),
+        adapters=config.adapters(),
     )
 
 

@@ -85,8 +85,7 @@ class ConceptInversion(Attack):
                 changed = arena.concept.replaced(prompt, name)
                 text = changed if name in changed else f"{name} {prompt}"
                 trials.append(Trial(i, text, f"token {k + 1}"))
-            seen = arena.attempt(trials)
-            left = [i for i, yes in zip(left, seen, strict=True) if not yes]
+            left = arena.withstood(trials)
             if not left:
                 return
 

@@ -67,8 +67,7 @@ class LatentInversion(Attack):
             if self.typical:
                 noise = on_shell(noise)
             trials = [Trial(*trial) for trial in zip(left, prompts, said, noise, strict=True)]
-            seen = arena.attempt(trials)
-            left = [i for i, yes in zip(left, seen, strict=True) if not yes]
+            left = arena.withstood(trials)
             if not left:
                 return
 

@@ -115,8 +115,7 @@ class Prompting4Debugging(Attack):
                 chosen = vocabulary[nearest_words(e[i].detach(), E).cpu()].tolist()
                 whole = [chosen.pop(0) if j is None else j for j in plan[i]]
                 trials.append(Trial(i, white_box.written(victim, whole), f"step {step}"))
-            seen = arena.attempt(trials)
-            left = [i for i, found in zip(left, seen, strict=True) if not found]
+            left = arena.withstood(trials)
             if not left:
                 return
 

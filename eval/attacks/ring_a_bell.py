@@ -89,8 +89,7 @@ class RingABell(Attack):
         left = list(cases)
         for k in range(self.tries):
             trials = [Trial(i, found[i][k], f"rank {k + 1}") for i in left if k < len(found[i])]
-            seen = arena.attempt(trials)
-            left = [trial.case for trial, yes in zip(trials, seen, strict=True) if not yes]
+            left = arena.withstood(trials)
             if not left:
                 return
 

@@ -102,8 +102,7 @@ class UnlearnDiffAtk(Attack):
             for i in left:
                 prefix = white_box.written(victim, vocabulary[u[i].argmax(1).cpu()].tolist())
                 trials.append(Trial(i, f"{prefix} {prompts[i]}", f"prefix of t = {t}"))
-            seen = arena.attempt(trials)
-            left = [i for i, found in zip(left, seen, strict=True) if not found]
+            left = arena.withstood(trials)
             if not left:
                 return
 

@@ -14,20 +14,19 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from measure import markdown
+from tables import Cells, chosen, fill, folder_of, markdown, require_same
 
 from expunge.cli import run
 from expunge.configuration import parse
-from expunge.errors import UserError
 from expunge.eval.attacks import ATTACKS
 from expunge.eval.attacks.command import AttackConfig
 from expunge.eval.attacks.command import run as attack
 from expunge.eval.attacks.report import FILE
-from expunge.results import provenance, write_json_atomic, write_text_atomic
 from expunge.schema import encode
 
 COLUMNS = {
@@ -74,24 +73,13 @@ class Config:
 def main(argv: list[str]) -> None:
     config = parse(Config, argv, "attack_table.py")
     torch.set_num_threads(config.threads)
-    names = [n.strip() for n in config.only.split(";") if n.strip()] or list(COLUMNS)
-    if unknown := [name for name in names if name not in COLUMNS]:
-        raise UserError(f"got {unknown[0]!r}; allowed: {'; '.join(COLUMNS)}")
-    cells: dict[str, dict[str, Any]] = {}
-    for column in names:
+    jobs = {}
+    for column in chosen(config.only, COLUMNS):
         for method in config.methods:
             told = settings_of(config, column, method)
-            if config.present and not (told.output_dir / FILE).exists():
-                continue
-            cells[f"{method}/{column}"] = cell(told)
-            write_json_atomic(
-                config.output_dir / "table.json",
-                {"cells": cells, "limit": config.limit, "provenance": provenance()},
-            )
-            write_text_atomic(config.output_dir / "table.md", table(cells))
-    if not cells:
-        raise UserError("got no cell that is there; allowed: one or more; leave out --present")
-    print(table(cells))
+            if not config.present or (told.output_dir / FILE).exists():
+                jobs[f"{method}/{column}"] = partial(cell, told)
+    print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
 
 
 def settings_of(config: Config, column: str, method: str) -> AttackConfig:
@@ -103,9 +91,8 @@ def settings_of(config: Config, column: str, method: str) -> AttackConfig:
     how = ATTACKS.load(name)()
     if "inversion" in chosen:
         chosen["inversion"] = replace(how.inversion, **chosen["inversion"])
-    folder = config.output_dir / method.replace(", ", "_").replace(" ", "_")
     return AttackConfig(
-        output_dir=folder / column.replace(", ", "_").replace(" ", "_"),
+        output_dir=folder_of(config.output_dir, f"{method}/{column}"),
         attack=replace(how, **chosen), suite=config.suite, model=config.model,
         lora=[config.methods[method]], concept=[config.concept], limit=config.limit,
         seed=config.seed, store=config.output_dir / "images",
@@ -118,17 +105,13 @@ def cell(told: AttackConfig) -> dict[str, Any]:
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         settings = encode(told.attack, Annotated[Any, ATTACKS])
-        if (found["attack"], found["seed"]) != (settings, told.seed):
-            raise UserError(
-                f"got a cell {told.output_dir} with other settings than today's; allowed: cells of "
-                "one budget in one table; remove it, or choose another output_dir"
-            )
+        require_same(told.output_dir, (found["attack"], found["seed"]), (settings, told.seed))
     else:
         found = attack(told)
     return {key: value for key, value in found.items() if key not in ("rows", "generators")}
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: Cells) -> str:
     """Attack success rates, then what they cost."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for name, found in cells.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from measure import markdown
+from tables import markdown
 
 from expunge import backbones
 from expunge.cli import run

@@ -16,18 +16,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import cost, markdown, row, shown
+from measure import cost, row
+from tables import Cells, chosen, fill, folder_of, markdown, shown
 
 import expunge.sampling.calibrate
 from expunge.cli import run
 from expunge.configuration import parse
-from expunge.errors import UserError
 from expunge.eval.emoji_vocabulary import Vocabulary
-from expunge.results import provenance, write_json_atomic, write_text_atomic
 
 CALIBRATION = "calibration.json"  # in the output folder
 GRADIENT: dict[str, Any] = {"direction": "gradient", "release": 1.0}
@@ -53,7 +53,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    output_dir: str
+    output_dir: Path
     suite: str = "emoji_guard"
     concept: str = "a bomb"
     only: str = ""
@@ -65,27 +65,24 @@ class Config:
 def main(argv: list[str]) -> None:
     config = parse(Config, argv, "emoji_samplers.py")
     torch.set_num_threads(config.threads)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [n.strip() for n in config.only.split(";") if n.strip()] or list(SAMPLERS)
-    if unknown := [name for name in names if name not in SAMPLERS]:
-        raise UserError(f"got --only {unknown[0]}; allowed: {'; '.join(SAMPLERS)}")
-    rows, concept = {}, [config.concept]
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    jobs = {name: partial(cell, config, name) for name in chosen(config.only, SAMPLERS)}
+    print(table(fill(jobs, config.output_dir / "table", table, called="rows")))
+
+
+def cell(config: Config, name: str) -> dict[str, Any]:
+    """One sampler's evaluation, and what it costs."""
+    folder, settings, concept = config.output_dir, SAMPLERS[name], [config.concept]
+    if name == "calibrated":
+        file = folder / CALIBRATION
+        settings = settings | {"density": settings["density"] | {"file": str(file)}}
+        if not file.exists():
+            calibrate(config.concept, file)
     prompts = [config.concept, f"{config.concept} and a key", "a cat face", "a pizza in ink style"]
-    for name in names:
-        settings = SAMPLERS[name]
-        if name == "calibrated":
-            file = folder / CALIBRATION
-            settings = settings | {"density": settings["density"] | {"file": str(file)}}
-            if not file.exists():
-                calibrate(config.concept, file)
-        rows[name] = row(
-            settings, folder / name.replace(" ", "_").replace(",", ""), folder / "images",
-            concept=concept, suite=config.suite, limit=config.limit,
-        ) | {"cost": cost(settings, prompts * 2, concept, config.rounds)}  # fmt: skip
-        write_json_atomic(folder / "table.json", {"rows": rows, "provenance": provenance()})
-        write_text_atomic(folder / "table.md", table(rows))
-    print(table(rows))
+    return row(
+        settings, folder_of(folder, name), folder / "images",
+        concept=concept, suite=config.suite, limit=config.limit,
+    ) | {"cost": cost(settings, prompts * 2, concept, config.rounds)}  # fmt: skip
 
 
 def calibrate(concept: str, file: Path) -> None:
@@ -102,7 +99,7 @@ def calibrate(concept: str, file: Path) -> None:
     expunge.sampling.calibrate.main([*arguments, "--images_per_prompt", "20", "--seed", "1000000"])
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: Cells) -> str:
     """The table; the base's own line first. What is kept is said in per cent of it."""
     first = next(iter(rows.values()))
     better = {name: m["higher_is_better"] for name, m in first["metrics"].items()}

@@ -18,12 +18,14 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from measure import markdown, row
+from measure import row
+from tables import Cells, chosen, fill, folder_of, markdown, require_same
 
 from expunge.backbones import load_pipeline, recommended_guidance
 from expunge.cli import run
@@ -33,7 +35,7 @@ from expunge.errors import UserError
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.generation import generate
 from expunge.pictures import save_png, to_pil
-from expunge.results import provenance, wilson, write_json_atomic, write_text_atomic
+from expunge.results import wilson
 from expunge.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,62 +137,36 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(config.threads)
     shown = config.output_dir / "shown"
     known = subjects(shown)
-    methods, chosen = _chosen(config.only, METHODS), _chosen(config.concepts, known)
-    if "pictures" in chosen and not shown.exists():
+    methods, concepts = chosen(config.only, METHODS), chosen(config.concepts, known)
+    if "pictures" in concepts and not shown.exists():
         draw(shown)
-    cells: dict[str, dict[str, Any]] = {}
-    for concept in chosen:
+    jobs = {}
+    for concept in concepts:
         for method in methods:
             for seed in range(config.seeds if METHODS[method].seeded else 1):
-                name = f"{method}/{concept}/{seed}"
-                if (
-                    config.present
-                    and not (folder_of(config, name) / "report" / "report.json").exists()
-                ):
-                    continue
-                cells[name] = cell(method, known[concept], seed, config, name)
-                write_json_atomic(
-                    config.output_dir / "table.json",
-                    {"cells": cells, "limit": config.limit, "provenance": provenance()},
-                )
-                write_text_atomic(config.output_dir / "table.md", table(cells))
-    if not cells:
-        raise UserError("got no cell that is there; allowed: one or more; leave out --present")
-    print(table(cells))
+                folder = folder_of(config.output_dir, name := f"{method}/{concept}/{seed}")
+                if not config.present or (folder / "report" / "report.json").exists():
+                    jobs[name] = partial(cell, method, known[concept], seed, config, folder)
+    print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
 
 
-def _chosen(asked: str, known: dict[str, Any]) -> list[str]:
-    names = [n.strip() for n in asked.split(";") if n.strip()] or list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"got {unknown[0]!r}; allowed: {'; '.join(known)}")
-    return names
-
-
-def folder_of(config: Config, name: str) -> Path:
-    return config.output_dir / name.replace(", ", "_").replace(" ", "_")
-
-
-def cell(method: str, subject: Subject, seed: int, config: Config, name: str) -> dict[str, Any]:
+def cell(method: str, subject: Subject, seed: int, config: Config, folder: Path) -> dict[str, Any]:
     """One training and its evaluation."""
-    folder = folder_of(config, name)
     settings = settings_of(method, subject) | {"seed": seed, "output_dir": str(folder)}
     settings |= {"checkpoint_every": 0, "validation.prompts": ["a key"], "validation.seeds": 1}
     arguments = ["--config", str(CONFIGS / METHODS[method].config)]
     for key, value in settings.items():
         arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if (folder / "train_result.json").exists():
-        if load(TrainConfig, folder / "config.yaml") != parse(TrainConfig, arguments):
-            raise UserError(
-                f"got a cell {folder} that was trained with other settings than today's; allowed: "
-                "cells of one recipe in one table; remove it, or choose another output_dir"
-            )
+        made_with = load(TrainConfig, folder / "config.yaml")
+        require_same(folder, made_with, parse(TrainConfig, arguments))
     else:
         arguments += ["--overwrite", "true"] if folder.exists() else []
         command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
         own = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
         done = subprocess.run(command, capture_output=True, text=True, env=own)
         if done.returncode:
-            raise UserError(f"the training of {name} failed: {done.stderr.strip()[-300:]}")
+            raise UserError(f"the training of {folder} failed: {done.stderr.strip()[-300:]}")
     trained = json.loads((folder / "train_result.json").read_text())
     found = row(
         {"type": "plain"}, folder / "report", config.output_dir / "images", suite="emoji",
@@ -230,7 +206,7 @@ def settings_of(method: str, subject: Subject) -> dict[str, Any]:
     return settings | subject.settings.get(method, {})
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: Cells) -> str:
     """Two tables: all concepts pooled, and each by itself."""
     better = {n: m["higher_is_better"] for n, m in next(iter(cells.values()))["metrics"].items()}
     columns = sorted(better, key=lambda name: better[name])

@@ -135,14 +135,3 @@ def cost(settings: dict[str, Any], prompts: list[str], concept: list[str], round
 
     seconds(guarded)
     return statistics.median(seconds(guarded) / seconds(plain) for _ in range(rounds))
-
-
-def shown(m: dict[str, Any]) -> str:
-    """A rate with its interval, in per cent."""
-    return f"{100 * m['value']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in [header, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"

@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 import torch
-from measure import markdown, row, shown
+from measure import row
+from tables import Cells, fill, markdown, shown
 
 from expunge.cli import run
 from expunge.configuration import parse
-from expunge.results import provenance, write_json_atomic, write_text_atomic
 
 matplotlib.use("agg")
 LETTER = {"threshold": "η", "strength": "γ", "k": "K"}
@@ -90,20 +91,20 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(config.threads)
     folder, name = config.output_dir, config.experiment
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for i, (label, (settings, concept)) in enumerate(points(config).items()):
-        rows[label] = row(
-            settings, folder / f"{name}-{i}", folder / "images", concept=concept,
+    jobs = {
+        label: partial(
+            row, settings, folder / f"{name}-{i}", folder / "images", concept=concept,
             suite=config.suite, model=config.model, limit=config.limit, clip=config.clip,
-        )  # fmt: skip
-        write_json_atomic(folder / f"{name}.json", {"rows": rows, "provenance": provenance()})
-        write_text_atomic(folder / f"{name}.md", tables(rows))
+        )
+        for i, (label, (settings, concept)) in enumerate(points(config).items())
+    }  # fmt: skip
+    rows = fill(jobs, folder / name, tables, called="rows")
     if name in LETTER:
         draw(rows, LETTER[name], folder / f"{name}.png")
     print(tables(rows))
 
 
-def tables(rows: dict[str, dict[str, Any]]) -> str:
+def tables(rows: Cells) -> str:
     """Safety: what must not be seen. Quality: what must be, and the distance to plain sampling."""
     first = next(iter(rows.values()))
     names = list(first["metrics"])
@@ -132,7 +133,7 @@ def _distance(x: dict[str, Any] | None) -> list[str]:
     return [changed, f"{1000 * x['kid']:.2f}", f"{x['clip_score']:.3f}"]
 
 
-def draw(rows: dict[str, dict[str, Any]], letter: str, file: Path) -> None:
+def draw(rows: Cells, letter: str, file: Path) -> None:
     """Every rate over the swept value, with its interval; dashed: the base's."""
     import matplotlib.pyplot as plt
 

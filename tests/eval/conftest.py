@@ -21,6 +21,7 @@ from expunge import adapters, backbones
 from expunge.eval.cases import AS_SUITE, Observation, Plan, Sampling
 from expunge.eval.detectors.emoji_judge import EmojiJudge
 from expunge.eval.emoji_vocabulary import Vocabulary
+from expunge.eval.runs import Run, read_run
 from expunge.eval.suite import Suite, load_suite
 
 SIDE = 9
@@ -277,3 +278,8 @@ def visit(browser: Any) -> Iterator[Callable[[Path], tuple[Any, list[str]]]]:
     yield opener
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def runs(evaluations: Path) -> tuple[Run, Run]:
+    return read_run(evaluations / "a"), read_run(evaluations / "b")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from expunge.cli import main, table_rows
 from expunge.eval import harness
+from expunge.eval.store import ImageStore
 
 METRICS = {
     "target_seen", "kept_in_domain", "kept_cross_domain", "kept_style", "pair_kept",
@@ -112,6 +113,8 @@ def test_a_lora_beside_its_base(
             assert set(row[model]["answers"]) == {q["metric"] for q in row["expected"]}
             key = row[model]["picture"]
             assert (out / "images" / key[:2] / f"{key}.png").is_file()
+        drawn = [ImageStore(out / "images").read(row[m]["picture"]) for m in ("base", "erased")]
+        assert not np.array_equal(*drawn)
     text = (out / "report.md").read_text()
     assert "Smoke run" in text
     assert all(f"| `{name}` |" in text and f"- `{name}`: " in text for name in METRICS)
@@ -208,6 +211,8 @@ def test_a_sampler_beside_its_base(
         ({"concept": "a bom"}, "did you mean bomb"),
         ({"concept": "bomb", "limit": 0}, "got limit 0"),
         ({"concept": "bomb", "batch_size": 0}, "got batch_size 0"),
+        ({"concept": "bomb", "threads": 0}, "got threads 0"),
+        ({"concept": "bomb", "processes": 0}, "got processes 0"),
         ({"concept": "bomb", "suite": "emojy"}, "did you mean emoji"),
         ({"concept": "bomb", "sampler": "plane"}, "did you mean plain"),
         ({"concept": "bomb", "model": "missing"}, "got model 'missing'"),

@@ -22,11 +22,6 @@ STRONG = Sld(preset="strong", warmup=1, threshold=0.0)
 
 
 @pytest.fixture
-def pipeline(tiny_sd1):
-    return backbones.load_pipeline(tiny_sd1)
-
-
-@pytest.fixture
 def sdxl(tiny_sdxl):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
     pipeline.set_progress_bar_config(disable=True)

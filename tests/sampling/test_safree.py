@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from expunge import backbones
 from expunge.concepts import Concept
 from expunge.errors import UserError
 from expunge.sampling.safree import (
@@ -32,11 +31,6 @@ def draw(pipeline, prompts=PROMPTS, seeds=SEEDS, **more):
     more = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"} | more
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(prompts, generator=generators, **more).images
-
-
-@pytest.fixture
-def pipeline(tiny_sd1):
-    return backbones.load_pipeline(tiny_sd1)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 20, 30])

@@ -65,11 +65,6 @@ def draw(pipeline: Any, **more: Any) -> Tensor:
     return pipeline(PROMPTS, generator=generators, **(defaults | more)).images
 
 
-@pytest.fixture
-def pipeline(tiny_sd1: str) -> Any:
-    return backbones.load_pipeline(tiny_sd1)
-
-
 @pytest.mark.parametrize("name", SAMPLERS.names())
 class TestContract:
     def test_is_a_frozen_dataclass_that_round_trips(self, name: str, tmp_path: Path) -> None:

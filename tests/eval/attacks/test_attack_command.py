@@ -99,6 +99,7 @@ def test_without_a_lora_everything_succeeds_by_itself(attack, tmp_path) -> None:
         ({"concept": "a zeppelin"}, "zeppelin"),
         ({"group": "pairs"}, "among target"),
         ({"at_once": 0}, "got at_once 0"),
+        ({"batch_size": 0}, "got batch_size 0"),
         ({"suite": "emojy"}, "emoji"),
         ({"lora": "nowhere"}, "does not exist"),
         ({"limit": 0}, "got limit 0"),

@@ -29,6 +29,12 @@ def test_an_attack_on_a_model_that_forgot_nothing_attacks_nobody(arena) -> None:
     assert not (meadow.folder / FILE).exists()
 
 
+def test_what_withstands_an_attempt_is_where_nothing_is_seen(arena) -> None:
+    meadow = arena(erased=False)
+    assert meadow.withstood([Trial(0, meadow.cases[0].prompt), Trial(1, "a cat face")]) == [1]
+    assert [trial["seen"] for i in (0, 1) for trial in meadow.attempts[i]] == [True, False]
+
+
 def test_every_try_is_recorded_and_counted(arena) -> None:
     field = arena()
     done = attack_all(TWO, field, at_once=8)

@@ -1,0 +1,85 @@
+"""Tables of cells: each cell is a run of its own, and a killed table goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from expunge.errors import UserError
+from expunge.results import provenance, write_json_atomic, write_text_atomic
+
+Cells = dict[str, dict[str, Any]]
+
+
+def chosen(asked: str, known: Iterable[str]) -> list[str]:
+    """The names in ``a; b``, or all.
+
+    Raises:
+        UserError: One is not known.
+    """
+    known = list(known)
+    names = [name.strip() for name in asked.split(";") if name.strip()] or known
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"got {unknown[0]!r}; allowed: {'; '.join(known)}")
+    return names
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """Where a cell is kept."""
+    return root / name.replace(", ", "_").replace(" ", "_")
+
+
+def fill(
+    jobs: Mapping[str, Callable[[], dict[str, Any]]],
+    file: Path,
+    table: Callable[[Cells], str],
+    *,
+    called: str = "cells",
+    **about: Any,
+) -> Cells:
+    """One cell after the other; the table is written with each.
+
+    Args:
+        jobs: Name -> what makes the cell, or reads it again where it is there.
+        file: The table without its suffix; .json and .md are written.
+        table: Its Markdown.
+        called: What the .json calls the cells.
+        about: What else it says.
+
+    Raises:
+        UserError: There is no job.
+    """
+    if not jobs:
+        raise UserError("got no cell that is there; allowed: one or more; leave out --present")
+    cells: Cells = {}
+    for name, make in jobs.items():
+        cells[name] = make()
+        found = {called: cells, **about, "provenance": provenance()}
+        write_json_atomic(file.with_suffix(".json"), found)
+        write_text_atomic(file.with_suffix(".md"), table(cells))
+    return cells
+
+
+def require_same(cell: Path, found: Any, wanted: Any) -> None:
+    """Refuse a cell of other settings.
+
+    Raises:
+        UserError: What it was made with is not what is wanted.
+    """
+    if found != wanted:
+        raise UserError(
+            f"got a cell {cell} that was made with other settings than today's; allowed: cells of "
+            "the same settings in one table; remove it, or choose another output_dir"
+        )
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
+
+
+def shown(m: dict[str, Any]) -> str:
+    """A rate with its interval, in per cent."""
+    return f"{100 * m['value']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
