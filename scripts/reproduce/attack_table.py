@@ -37,9 +37,10 @@ COLUMNS = {
     "Ring-A-Bell": "ring_a_bell",
     "paraphrase": "paraphrase",
     "latent inversion": "latent_inversion",
+    "latent inversion, typical": "latent_inversion",
     "relearning": "relearning",
 }
-VARIANTS = {"P4D, K": {"variant": "k"}}
+VARIANTS = {"P4D, K": {"variant": "k"}, "latent inversion, typical": {"typical": True}}
 BUDGETS: dict[str, dict[str, Any]] = {
     "concept_inversion": {"inversion": {"steps": 400, "batch_size": 8, "learning_rate": 0.02}},
     # The published rates do not get to a minimum here, see docs/attacks.md.
