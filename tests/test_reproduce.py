@@ -1,21 +1,19 @@
 """The scripts that reproduce the thesis and the table of samplers, each run once, small."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    return forked.run([sys.executable, SCRIPTS / script, *arguments])
 
 
 def test_a_sweep_of_the_thesis_leaves_tables_and_a_figure(tmp_path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import forked
+
 LIMIT = 3
 
 
@@ -40,6 +42,8 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
 
 def run(command: list[str], folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     whole = [*command, "--output_dir", str(folder), *words]
+    if "--processes" not in words:
+        return forked.run(whole)
     return subprocess.run(whole, capture_output=True, text=True, check=False)
 
 
