@@ -22,7 +22,7 @@ QUICK = {
     "expunge train": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
     "accelerate launch": "--steps 1 --latents.steps 2 --validation.steps 1 --validation.seeds 1",
     "expunge sample": "--steps 2 --images_per_prompt 1",
-    "expunge eval": "--limit 1",
+    "expunge eval": "--limit 1 --store images",
     "expunge compare": "",
     "expunge attack": "--limit 1 --attack.queries 1",
     "expunge export": "--steps 1",

@@ -63,11 +63,11 @@ class Reference:
         if self._found is None:
             network = self._extractor.protocol()
             table = {"features": network, "reference": self.told, "at once": BATCH}
-            file = keep and keep / "features" / f"{sha256_json(table)[:32]}.npz"
-            rows = file and _read(file, len(self._files))
+            file = None if keep is None else keep / "features" / f"{sha256_json(table)[:32]}.npz"
+            rows = None if file is None else _read(file, len(self._files))
             if rows is None:
                 rows = self._extract()
-                if file:
+                if file is not None:
                     _write(file, rows)
             self._found = rows.astype(np.float64)
         return self._found
