@@ -95,7 +95,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.prompts is not None:
         suite = with_prompts(suite, config.prompts)
     plan = suite.prompts.plan(config.concept_texts(), config.limit)
-    panel = Panel.open(suite)
+    panel = Panel.open(suite, metrics=Team.first())
+    panel.require(plan.cases)
     settings = _settings(config) | {
         "suite": suite.sha256(),
         "concept": list(plan.tested.texts),
@@ -122,7 +123,8 @@ def _run(
     label = "erased" if guarded else "model"
     generators = {label: _generator(config, suite, plan, erased=True)}
     protocol = panel.detector.protocol()
-    for judge in (protocol, *panel.protocols().values()):
+    metrics = [tally.protocol() for _, tally in panel.metrics.values()]
+    for judge in (protocol, *panel.protocols().values(), *metrics):
         _refuse_own_judge(judge, generators[label].identity())
     if team.leads:
         fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
@@ -141,15 +143,12 @@ def _run(
             suite.counters(),
             panel,
             store,
-            pictures=suite.picture_metrics(),
             base=outcomes.get("base"),
             label=name,
             team=team,
         )
     if not team.leads:
         return {}
-    for how in outcomes[label].protocols.values():
-        _refuse_own_judge(how, generators[label].identity())
     evaluation = Evaluation(
         suite=suite,
         plan=plan,

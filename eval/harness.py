@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from expunge.errors import UserError
+from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Case, Observation, Question
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import Generator, threads
 from expunge.eval.judging import Look, judge
 from expunge.eval.metrics import Batch, Counter, PictureMetric, Tally
 from expunge.eval.production import produce, to_tensor
+from expunge.eval.reasons import MISSING, reason
 from expunge.eval.store import ImageStore, Pixels
 from expunge.eval.suite import Suite
 from expunge.eval.team import ALONE, Team
@@ -54,6 +55,8 @@ class Outcome:
         generated: Pictures that were made now rather than found.
         judged: Second opinions: name of the judge -> one score for each case.
         protocols: How each metric that looks at pictures does it.
+        failures: Of each of these, the places of the cases whose pictures it could not take in,
+            and why.
         seconds: What took how long.
     """
 
@@ -64,6 +67,7 @@ class Outcome:
     generated: int
     judged: dict[str, tuple[Score, ...]] = field(default_factory=dict)
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def answers(self, metric: str) -> list[tuple[int, bool | None]]:
@@ -75,19 +79,37 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Panel:
-    """Who judges: the suite's detector, and the second opinions with their questions."""
+    """Who judges: detectors, and metrics that look at the pictures themselves.
+
+    Attributes:
+        detector: The suite's own.
+        threshold: From which score on it sees something.
+        others: The second opinions with their thresholds and questions.
+        metrics: What looks at pictures: settings, and what is loaded.
+    """
 
     detector: OpenDetector
     threshold: float
     others: dict[str, tuple[OpenDetector, float, dict[str, list[str]]]]
+    metrics: dict[str, tuple[PictureMetric, Tally]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, suite: Suite) -> Panel:
-        """Load all detectors of a suite.
+    def open(cls, suite: Suite, *, metrics: bool = True) -> Panel:
+        """Load all detectors of a suite, and all that its metrics need.
+
+        Args:
+            suite: The suite.
+            metrics: Whether to open the metrics; of several processes one shows them pictures.
 
         Raises:
-            UserError: A detector's weights are missing, or it lacks a label that it is asked for.
+            UserError: Weights or a reference are missing, a detector lacks a label that it is asked
+                for, or a metric names a group that the suite does not have.
         """
+        looking = suite.picture_metrics()
+        for name, metric in looking.items():
+            for group in metric.groups:
+                if group not in suite.groups:
+                    raise unknown_name(f"group of metric {name}", group, suite.groups)
         others = {}
         for name, second in suite.judges.items():
             opened = second.detector.open()
@@ -98,11 +120,21 @@ class Panel:
                     f"suite that count answers: {', '.join(suite.counters())}"
                 )
             others[name] = (opened, second.detector.threshold, second.asks)
-        return cls(suite.detector.open(), suite.detector.threshold, others)
+        opened = suite.detector.open()
+        tallies = {name: (x, x.open()) for name, x in looking.items()} if metrics else {}
+        return cls(opened, suite.detector.threshold, others, tallies)
 
     def protocols(self) -> dict[str, dict[str, Any]]:
         """Those of the second opinions."""
         return {name: opened.protocol() for name, (opened, _, _) in self.others.items()}
+
+    def require(self, cases: Sequence[Case]) -> None:
+        """Refuse questions that the detector cannot answer.
+
+        Raises:
+            UserError: It lacks a label.
+        """
+        _require({x for case in cases for q in case.questions for x in q.labels}, self.detector)
 
 
 def evaluate(
@@ -112,7 +144,6 @@ def evaluate(
     panel: Panel,
     store: ImageStore,
     *,
-    pictures: Mapping[str, PictureMetric] | None = None,
     base: Outcome | None = None,
     label: str = "model",
     team: Team = ALONE,
@@ -123,10 +154,9 @@ def evaluate(
         generator: The model.
         cases: The pictures and the questions about them.
         counters: What is counted, by the names that the questions use.
-        panel: The judges.
+        panel: Who judges and looks.
         store: Where pictures are kept; what is there is not made again.
-        pictures: What looks at the pictures themselves.
-        base: The base's, whose pictures such metrics see beside these.
+        base: The base's, whose pictures metrics see beside these.
         label: The model's name beside the progress bar.
         team: The processes that share the work.
 
@@ -134,10 +164,13 @@ def evaluate(
         None in all processes but the first.
     """
     questions = [q for case in cases for q in case.questions]
-    _require({label for q in questions for label in q.labels}, panel.detector)
+    panel.require(cases)
     if unknown := {q.metric for q in questions} - set(counters):
         raise ValueError(f"the suite has no metric {', '.join(sorted(unknown))}")
     clock = _Clock()
+    for name, (_, tally) in panel.metrics.items():
+        tally.begin(store.root)
+        clock.lap(f"begin {name}")
     keys, generated = produce(generator, cases, store, label=label, team=team)
     clock.lap("generate")
     asked = [case.questions for case in cases]
@@ -162,8 +195,11 @@ def evaluate(
         some = {metric: counters[metric] for metric in panel.others[name][2]}
         found = measure(cases, theirs, some)
         outcome.metrics.update({f"{metric}@{name}": m for metric, m in found.items()})
-    for name, metric in (pictures or {}).items():
-        outcome.metrics[name], outcome.protocols[name] = look(metric, cases, keys, store, base)
+    for name, (metric, tally) in panel.metrics.items():
+        places = [i for i, c in enumerate(cases) if not metric.groups or c.group in metric.groups]
+        outcome.metrics[name], failed = look(tally, places, cases, keys, store, base)
+        outcome.protocols[name] = tally.protocol()
+        outcome.failures[name] = failed
         clock.lap(name)
     outcome.seconds.update(clock.laps)
     return outcome
@@ -235,35 +271,36 @@ def break_down(
 
 
 def look(
-    metric: PictureMetric,
+    tally: Tally,
+    places: Sequence[int],
     cases: Sequence[Case],
     keys: Sequence[str],
     store: ImageStore,
     base: Outcome | None,
-) -> tuple[Measurement, dict[str, Any]]:
-    """Show a metric the pictures of its groups, in the order of the cases.
+) -> tuple[Measurement, dict[int, str]]:
+    """Show a metric the pictures of some places, in the order of the cases.
 
     Returns:
-        The measurement, and how it was taken. What raises is unknown, picture by picture.
+        The measurement, and the places that are unknown, with the reason of each: what raises is
+        unknown, picture by picture.
     """
-    tally, unknown = metric.open(), 0
     theirs = [score.picture for score in base.scores] if base else None
-    places = [i for i, case in enumerate(cases) if not metric.groups or case.group in metric.groups]
     by_size: dict[tuple[int, ...], list[int]] = {}
+    failed: dict[int, str] = {}
     for i in places:
         pixels = store.read(keys[i])
         if pixels is None:
-            unknown += 1
+            failed[i] = MISSING
         else:
             by_size.setdefault(pixels.shape, []).append(i)
     with tqdm(total=len(places), desc="look", unit="image", disable=None) as bar, threads(1):
         for same in by_size.values():
             for start in range(0, len(same), AT_ONCE):
                 part = same[start : start + AT_ONCE]
-                unknown += _show(tally, part, cases, keys, store, theirs)
+                failed |= _show(tally, part, cases, keys, store, theirs)
                 bar.update(len(part))
         found = tally.compute()
-    return replace(found, unknown=found.unknown + unknown), tally.protocol()
+    return replace(found, unknown=found.unknown + len(failed)), failed
 
 
 def _show(
@@ -273,23 +310,24 @@ def _show(
     keys: Sequence[str],
     store: ImageStore,
     base: Sequence[str] | None,
-) -> int:
-    """Show some pictures of one size; the number of those that could not be taken in."""
+) -> dict[int, str]:
+    """Show some pictures of one size; those that could not be taken in, and why."""
     try:
         images = to_tensor(_all([store.read(keys[i]) for i in places]))
         beside = None if base is None else to_tensor(_all([store.read(base[i]) for i in places]))
         tally.update(Batch(tuple(cases[i] for i in places), images, beside))
-    except Exception:
+    except Exception as error:
         if len(places) == 1:
-            return 1
-        return sum(_show(tally, [i], cases, keys, store, base) for i in places)
-    return 0
+            return {places[0]: reason(error)}
+        each = [_show(tally, [i], cases, keys, store, base) for i in places]
+        return {i: why for one in each for i, why in one.items()}
+    return {}
 
 
 def _all(pictures: Sequence[Pixels | None]) -> list[Pixels]:
     found = [picture for picture in pictures if picture is not None]
     if len(found) < len(pictures):
-        raise ValueError("a picture is missing or damaged")
+        raise ValueError(MISSING)
     return found
 
 

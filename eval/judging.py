@@ -11,6 +11,7 @@ from expunge.eval.cases import Observation
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import threads
 from expunge.eval.production import to_tensor
+from expunge.eval.reasons import MISSING, reason
 from expunge.eval.score_store import ScoreStore
 from expunge.eval.store import ImageStore, Pixels
 from expunge.eval.team import ALONE, Team
@@ -81,7 +82,7 @@ def _look(
             bar.update()
             pixels = store.read(key)
             if pixels is None:
-                found[key] = Look(None, "the picture is missing or damaged")
+                found[key] = Look(None, MISSING)
                 continue
             known = scores.get(key, pixels)
             if known is not None:
@@ -116,6 +117,6 @@ def observe(pictures: Sequence[Pixels], detector: OpenDetector) -> list[Look]:
     # Whatever a detector raises means that it did not judge; it must never end up as "not seen".
     except Exception as error:
         if len(pictures) == 1:
-            return [Look(None, f"{type(error).__name__}: {error}")]
+            return [Look(None, reason(error))]
         return [observe([picture], detector)[0] for picture in pictures]
     return [Look(one) for one in seen[: len(pictures)]]

@@ -111,7 +111,7 @@ def scale(measured: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
 def unknowns(
     rows: Sequence[tuple[Row, Mapping[str, Scored]]], models: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The pictures that a judge could not judge: model -> each reason -> how many."""
+    """The pictures that are unknown to a judge or metric: model -> each reason -> how many."""
     found: dict[tuple[str, str], list[str]] = {}
     for row, scored in rows:
         for model in models:
@@ -124,10 +124,11 @@ def unknowns(
 
 
 def errors_of(scored: Scored) -> list[str]:
-    """Why judges gave no answer on a picture; empty when all did."""
+    """Why judges or metrics could do nothing with a picture; empty when all could."""
     found = [scored["error"]] if scored.get("error") else []
     for judge, theirs in scored.get("judges", {}).items():
         found += [f"{judge}: {theirs['error']}"] if theirs.get("error") else []
+    found += [f"{metric}: {error}" for metric, error in scored.get("metric_errors", {}).items()]
     return found
 
 

@@ -17,6 +17,7 @@ from expunge.eval.detectors import protocol_id
 from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.page import evaluation_page
+from expunge.eval.reasons import told
 from expunge.eval.runs import SCHEMA_VERSION, Run
 from expunge.eval.significance import Paired, compare_answers, holm
 from expunge.eval.store import ImageStore
@@ -191,7 +192,7 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [_row(header), _row(["---"] * len(header))]
     lines += [_row(cells) for cells in _table(evaluation, code=True)]
     lines += _differences(evaluation)
-    unknown = _unknown(evaluation)
+    unknown = told(evaluation.outcomes())
     if unknown:
         lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
     if len({c.about for c in evaluation.plan.cases if c.group == "target"}) > 1:
@@ -225,7 +226,7 @@ def print_table(evaluation: Evaluation) -> None:
     if not console.is_terminal:
         console = Console(width=max(120, console.width))
     console.print(table)
-    for line in _unknown(evaluation):
+    for line in told(evaluation.outcomes()):
         console.print(f"unknown: {line}", style="yellow", markup=False)
 
 
@@ -266,20 +267,6 @@ def _differences(evaluation: Evaluation) -> list[str]:
     for name, x in found.items():
         points = f"{100 * x.difference:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"
         lines.append(_row([f"`{name}`", points, f"{x.p:.2g}", str(x.n)]))
-    return lines
-
-
-def _unknown(evaluation: Evaluation) -> list[str]:
-    lines = []
-    for model, outcome in evaluation.outcomes().items():
-        for judge, scores in {"": outcome.scores, **outcome.judged}.items():
-            failed = [score.error for score in scores if score.error is not None]
-            if failed:
-                by = f" by {judge}" if judge else ""
-                lines.append(
-                    f"{len(failed)} of {len(scores)} pictures of {model} could not be judged{by}; "
-                    f"the intervals cover whatever they show ({failed[0]})"
-                )
     return lines
 
 
@@ -338,6 +325,9 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
             judges = {name: _score(scores[i]) for name, scores in outcome.judged.items()}
             if judges:
                 models[model]["judges"] = judges
+            failed = {name: why[i] for name, why in outcome.failures.items() if i in why}
+            if failed:
+                models[model]["metric_errors"] = failed
         rows.append(_case(case) | models)
     return {"schema_version": SCHEMA_VERSION, "rows": rows}
 

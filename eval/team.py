@@ -35,6 +35,11 @@ class Team:
         state = PartialState(cpu=not _cuda())
         return cls(state.process_index, state.num_processes)
 
+    @staticmethod
+    def first() -> bool:
+        """Whether this process is the first one, asked before it joins the others."""
+        return os.environ.get("RANK", "0") == "0"
+
     def share(self, work: Sequence[T]) -> list[T]:
         """This one's part."""
         return list(work[self.rank :: self.size])

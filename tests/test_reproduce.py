@@ -1,27 +1,40 @@
 """The scripts that reproduce the thesis and the table of samplers, each run once, small."""
 
 import json
-import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import forked
+from expunge.configuration import dump
+from expunge.eval.suite import load_suite
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    return forked.run([sys.executable, SCRIPTS / script, *arguments])
 
 
-def test_a_sweep_of_the_thesis_leaves_tables_and_a_figure(tmp_path) -> None:
+@pytest.fixture
+def quick(tmp_path):
+    """A shipped suite with four denoising steps, as a file."""
+
+    def write(name: str) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(dump(replace(load_suite(name), steps=4)))
+        return file
+
+    return write
+
+
+def test_a_sweep_of_the_thesis_leaves_tables_and_a_figure(tmp_path, quick) -> None:
     done = run(
         "thesis.py", "--experiment", "strength", "--values", "[0, 300]", "--limit", "1",
-        "--output_dir", str(tmp_path),
+        "--suite", quick("emoji"), "--threads", "1", "--output_dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "strength.json").read_text())["rows"]
@@ -36,10 +49,11 @@ def test_a_sweep_of_the_thesis_leaves_tables_and_a_figure(tmp_path) -> None:
     assert (tmp_path / "strength.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_table_of_samplers(tmp_path) -> None:
+def test_the_table_of_samplers(tmp_path, quick) -> None:
     done = run(
         "emoji_samplers.py", "--only", "negative prompt", "--limit", "2", "--rounds", "1",
-        "--suite", "emoji_implied", "--concept", "a skull", "--output_dir", str(tmp_path),
+        "--suite", quick("emoji_implied"), "--concept", "a skull", "--threads", "1",
+        "--output_dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "table.json").read_text())["rows"]["negative prompt"]

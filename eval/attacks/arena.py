@@ -73,6 +73,7 @@ class Arena:
         ceiling: The base's pictures of the cases.
         before: The erased model's.
         adapters: What tells the erased model's adapters from others.
+        seconds: What earlier runs of the present batch took, where they are gone on from.
     """
 
     erased: Any
@@ -89,6 +90,7 @@ class Arena:
     seed: int = 0
     batch_size: int = 16
     adapters: Sequence[dict[str, Any]] = ()
+    seconds: float = field(init=False, default=0.0)
     ceiling: list[Shot] = field(init=False, default_factory=list)
     before: list[Shot] = field(init=False, default_factory=list)
     attempts: dict[int, list[dict[str, Any]]] = field(init=False, default_factory=dict)

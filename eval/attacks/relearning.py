@@ -64,12 +64,13 @@ class Relearning(Attack):
             arena.erased.unload_lora_weights()
 
     def run(self, arena: Arena, cases: Sequence[int]) -> None:
-        """Train, look, and stop once it is back."""
+        """Train, look, and stop once it is back; after a kill, go on from the last look."""
         import torch
 
         from expunge import backbones, prediction
         from expunge.conditioning import condition
         from expunge.eval.attacks.arena import Trial
+        from expunge.eval.attacks.learnt import Learnt
 
         pipeline, unet = arena.erased, arena.erased.unet
         prompts, x_0 = arena.own_pictures(self.pictures)
@@ -82,8 +83,12 @@ class Relearning(Attack):
         draw = arena.generator("relearning")
         kind = prediction.prediction_type(pipeline.scheduler)
         T = pipeline.scheduler.config.num_train_timesteps
-        step = 0
+        unet.float()  # Adam takes its state in the type of the weights
+        learnt = Learnt(arena, weights, adam, draw)
+        step = learnt.restore()
         for point in self.checkpoints:
+            if point <= step:
+                continue
             unet.float()
             for p in weights:
                 p.requires_grad_(True)
@@ -108,7 +113,9 @@ class Relearning(Attack):
             arena.altered()
             arena.attempt([Trial(i, arena.cases[i].prompt, f"step {step}") for i in cases])
             if self._back(arena, step):
-                return
+                break
+            learnt.keep(step)
+        learnt.file.unlink(missing_ok=True)
 
     def _back(self, arena: Arena, step: int) -> bool:
         seen = self._curve(arena.attempts)[step].value

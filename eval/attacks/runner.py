@@ -45,7 +45,7 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
             for part in parts[len(done) :]:
                 begun = time.monotonic()
                 attack.run(arena, part)
-                seconds = time.monotonic() - begun
+                seconds = arena.seconds + time.monotonic() - begun
                 batch = {
                     "rows": [_attacked(arena, i, seconds / len(part)) for i in part],
                     "common": {"passes": arena.passes.get(None, 0), "seconds": prepared},

@@ -11,6 +11,7 @@ from expunge.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -109,14 +110,21 @@ class PictureMetric(Protocol):
     """The prompt groups whose pictures it sees; empty: all."""
 
     def open(self) -> "Tally":
-        """Load what it needs; missing weights are a `UserError`."""
+        """Load what it needs; missing weights or folders are a `UserError`."""
 
 
 class Tally(Protocol):
-    """One model's pictures, seen so far."""
+    """One model's pictures, seen so far; what was loaded serves the next model as well."""
 
     def protocol(self) -> dict[str, Any]:
         """All that determines the number: name, version, weight hashes, input, scale."""
+
+    def begin(self, keep: "Path | None" = None) -> None:
+        """Forget all pictures, and compute what needs none.
+
+        Args:
+            keep: A folder where the latter is kept for other evaluations; None: nowhere.
+        """
 
     def update(self, batch: Batch) -> None:
         """See pictures; raising leaves the tally as it was, and the pictures unknown."""

@@ -15,7 +15,7 @@ from expunge.errors import UserError
 from expunge.eval.checkpoints import load_into, read_tensors, state_sha256
 from expunge.eval.features.clip import CLIP_HELP, clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, good, says
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
 from expunge.results import Measurement
 
 WHAT = "aesthetic head"
@@ -62,13 +62,14 @@ class Aesthetic(PictureSettings):
         return AestheticTally(self)
 
 
-class AestheticTally:
+class AestheticTally(PictureTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: Aesthetic) -> None:
         tensors = read_tensors(settings.head, WHAT, WHERE)
         device = device_of(settings.device)
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._clip = load_clip(settings.clip, device)
         first = tensors.get("layers.0.weight")
         if first is not None and first.shape[-1] != self._clip.width:

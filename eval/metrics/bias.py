@@ -14,7 +14,7 @@ from expunge.eval.cases import Case, Observation
 from expunge.eval.detectors import DETECTORS, Detector
 from expunge.eval.metrics import Batch
 from expunge.eval.metrics.jackknife import folds_of, jackknife_interval
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, says
+from expunge.eval.metrics.pictures import Gathered, PictureSettings, PictureTally, says
 from expunge.eval.metrics.shares import share
 from expunge.results import Measurement
 
@@ -58,11 +58,12 @@ class Bias(PictureSettings):
         return BiasTally(self)
 
 
-class BiasTally:
+class BiasTally(PictureTally):
     """Prompted and seen objects of one model's pictures."""
 
     def __init__(self, settings: Bias) -> None:
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._detector = settings.detector.open()
         self._objects = sorted(x for x in self._detector.labels if x.startswith(settings.prefix))
         if not self._objects:

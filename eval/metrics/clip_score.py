@@ -11,7 +11,7 @@ from expunge.backbones import device_of
 from expunge.clip import load_clip
 from expunge.eval.features.clip import CLIP_HELP, clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, good, says
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
 from expunge.results import Measurement
 
 Name = Literal["cosine", "logits", "torchmetrics", "clipscore", "sdd"]
@@ -72,11 +72,12 @@ class ClipScore(PictureSettings):
         return ClipScoreTally(self)
 
 
-class ClipScoreTally:
+class ClipScoreTally(PictureTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: ClipScore) -> None:
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._clip = load_clip(settings.clip, device_of(settings.device))
         self._formula = FORMULAS[settings.formula]
         own = self._formula.prefix

@@ -12,7 +12,8 @@ from expunge.eval.features import FEATURES, Extractor
 from expunge.eval.features.clip import ClipFeatures
 from expunge.eval.metrics.discrepancy import Estimator, gaussian, mmd2
 from expunge.eval.metrics.pictures import says
-from expunge.eval.metrics.set_distance import SetDistance, Values
+from expunge.eval.metrics.reference import Values
+from expunge.eval.metrics.set_distance import SetDistance
 
 SIGMA = 10.0
 SCALE = 1000.0

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from expunge.eval.metrics.set_distance import Values
+from expunge.eval.metrics.reference import Values
 
 Kernel = Callable[[Values, Values], Values]
 Folds = NDArray[np.int64]

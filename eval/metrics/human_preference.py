@@ -14,7 +14,7 @@ from expunge.errors import unknown_name
 from expunge.eval.checkpoints import load_into, read_tensors
 from expunge.eval.features.clip import clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, good, says
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
 from expunge.results import Measurement
 
 WHERE = "https://huggingface.co/xswu/HPSv2 (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt)"
@@ -41,11 +41,12 @@ class HumanPreference(PictureSettings):
         return HumanPreferenceTally(self)
 
 
-class HumanPreferenceTally:
+class HumanPreferenceTally(PictureTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: HumanPreference) -> None:
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._clip = _load(settings).to(device_of(settings.device))
 
     def protocol(self) -> dict[str, Any]:

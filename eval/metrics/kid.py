@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from expunge.eval.metrics.discrepancy import mmd2, polynomial
 from expunge.eval.metrics.pictures import says
-from expunge.eval.metrics.set_distance import SetDistance, Values
+from expunge.eval.metrics.reference import Values
+from expunge.eval.metrics.set_distance import SetDistance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from expunge.eval.features import FEATURES, Extractor, extract
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, says
-from expunge.eval.metrics.set_distance import Values, features_of_folder
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally, says
+from expunge.eval.metrics.reference import Reference, Values
 from expunge.eval.metrics.shares import share
 from expunge.results import Measurement
 
@@ -38,18 +39,18 @@ class Memorisation(PictureSettings):
             raise ValueError(f"got threshold {self.threshold}; allowed: a cosine in (-1, 1]")
 
     def open(self) -> MemorisationTally:
-        """Load the network, and look at the folder's pictures."""
+        """Load the network, and find the folder's pictures."""
         return MemorisationTally(self)
 
 
-class MemorisationTally:
+class MemorisationTally(PictureTally):
     """Copies among one model's pictures."""
 
     def __init__(self, settings: Memorisation) -> None:
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._extractor = settings.extractor.open()
-        found, self._told = features_of_folder(settings.reference, self._extractor)
-        self._reference = unit(found)
+        self._folder = Reference(settings.reference, self._extractor)
 
     def protocol(self) -> dict[str, Any]:
         """Threshold, features and folder."""
@@ -57,8 +58,17 @@ class MemorisationTally:
             "metric": "memorisation",
             "threshold": self._settings.threshold,
             "features": self._extractor.protocol(),
-            "reference": self._told,
+            "reference": self._folder.told,
         }
+
+    def begin(self, keep: Path | None = None) -> None:
+        """Forget all pictures but the folder's."""
+        super().begin(keep)
+        self._folder.features(keep)
+
+    @cached_property
+    def _reference(self) -> Values:
+        return unit(self._folder.features())
 
     def update(self, batch: Batch) -> None:
         """See pictures."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import Gathered, PictureSettings
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally
 from expunge.results import Measurement
 
 
 @dataclass
-class PairedTally:
+class PairedTally(PictureTally):
     """Distances of one model's pictures to the base's; of the base itself there are none.
 
     Attributes:
@@ -30,7 +30,7 @@ class PairedTally:
     told: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self._seen = Gathered()
+        super().__init__()
 
     def protocol(self) -> dict[str, Any]:
         """All that determines the number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +59,17 @@ class PictureSettings:
         if len(set(clusters)) > 1:
             interval = cluster_bootstrap(values.tolist(), clusters)
         return self.measurement(float(values.mean()), interval, len(values))
+
+
+class PictureTally:
+    """What every tally of pictures does between two models."""
+
+    def __init__(self) -> None:
+        self._seen = Gathered()
+
+    def begin(self, keep: Path | None = None) -> None:
+        """Forget all pictures."""
+        self._seen = Gathered()
 
 
 class Gathered:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
-from expunge.eval.features import FEATURES, Extractor, OpenExtractor, extract
+from expunge.eval.features import FEATURES, Extractor, extract
 from expunge.eval.features.inception import InceptionFeatures
 from expunge.eval.metrics import Batch
 from expunge.eval.metrics.jackknife import folds_of, jackknife_interval
-from expunge.eval.metrics.pictures import Gathered, PictureSettings
-from expunge.pictures import picture_files, read_picture
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally
+from expunge.eval.metrics.reference import Reference, Values
 from expunge.results import Measurement
-
-Values = NDArray[np.float64]
-BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +52,34 @@ class SetDistance(PictureSettings, ABC):
         """
 
     def open(self) -> SetDistanceTally:
-        """Load the network, and look at the reference's pictures."""
+        """Load the network, and find the reference's pictures."""
         return SetDistanceTally(self)
 
 
-class SetDistanceTally:
+class SetDistanceTally(PictureTally):
     """One model's features and its reference's."""
 
     def __init__(self, settings: SetDistance) -> None:
+        super().__init__()
         self._settings = settings
         self._extractor = settings.extractor.open()
-        self._seen = Gathered()
-        self._reference: Values | None = None
-        self._told: Any = "the base's pictures of the same prompts and seeds"
-        if settings.reference is not None:
-            self._reference, self._told = features_of_folder(settings.reference, self._extractor)
+        folder = settings.reference
+        self._reference = None if folder is None else Reference(folder, self._extractor)
 
     def protocol(self) -> dict[str, Any]:
         """Distance, features and reference."""
+        base = "the base's pictures of the same prompts and seeds"
         return {
             **self._settings.scale(),
             "features": self._extractor.protocol(),
-            "reference": self._told,
+            "reference": base if self._reference is None else self._reference.told,
         }
+
+    def begin(self, keep: Path | None = None) -> None:
+        """Forget all pictures but the folder's."""
+        super().begin(keep)
+        if self._reference is not None:
+            self._reference.features(keep)
 
     def update(self, batch: Batch) -> None:
         """See pictures; those of the base itself are compared with a folder's alone."""
@@ -97,30 +95,11 @@ class SetDistanceTally:
         if not n:
             return settings.measurement(None)
         cases, columns = self._seen.in_order()
-        paired = self._reference is None
-        Y = columns[1].astype(np.float64) if self._reference is None else self._reference
-        found = settings.distance(columns[0].astype(np.float64), Y, folds_of(cases), paired)
+        reference = self._reference
+        Y = columns[1].astype(np.float64) if reference is None else reference.features()
+        X = columns[0].astype(np.float64)
+        found = settings.distance(X, Y, folds_of(cases), paired=reference is None)
         if found is None:
             return settings.measurement(None, n=n)
         value, without = found
         return settings.measurement(value, jackknife_interval(value, without), n)
-
-
-def features_of_folder(folder: Path, extractor: OpenExtractor) -> tuple[Values, dict[str, Any]]:
-    """Features of all pictures of a folder, by name, and what to tell of them.
-
-    Raises:
-        UserError: There is no picture, or a broken one.
-    """
-    files, digest = picture_files(folder), hashlib.sha256()
-    rows, waiting = [], list[Tensor]()
-    for file in tqdm(files, desc="reference", unit="image", disable=None):
-        digest.update(file.read_bytes())
-        picture = read_picture(file)
-        if waiting and (waiting[0].shape != picture.shape or len(waiting) == BATCH):
-            rows.append(extract(extractor, torch.stack(waiting)))
-            waiting.clear()
-        waiting.append(picture)
-    rows.append(extract(extractor, torch.stack(waiting)))
-    told = {"pictures": len(files), "sha256": digest.hexdigest()}
-    return np.concatenate(rows).astype(np.float64), told

@@ -12,8 +12,8 @@ from expunge.eval.features import FEATURES, Extractor, extract
 from expunge.eval.features.inception import InceptionFeatures
 from expunge.eval.metrics import Batch
 from expunge.eval.metrics.jackknife import folds_of, jackknife_interval
-from expunge.eval.metrics.pictures import Gathered, PictureSettings, good, says
-from expunge.eval.metrics.set_distance import Values
+from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
+from expunge.eval.metrics.reference import Values
 from expunge.results import Measurement
 
 
@@ -41,11 +41,12 @@ class Vendi(PictureSettings):
         return VendiTally(self)
 
 
-class VendiTally:
+class VendiTally(PictureTally):
     """Features of one model's pictures."""
 
     def __init__(self, settings: Vendi) -> None:
-        self._settings, self._seen = settings, Gathered()
+        super().__init__()
+        self._settings = settings
         self._extractor = settings.extractor.open()
 
     def protocol(self) -> dict[str, Any]:

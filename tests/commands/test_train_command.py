@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forked
 from expunge.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,14 +29,7 @@ QUICK = [
 
 
 def call(*arguments: str, launcher: tuple[str, ...] = ("-m", "expunge.cli")):
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    return forked.run([sys.executable, *launcher, *arguments], ROOT)
 
 
 def refused(capfd, *arguments: str) -> str:
@@ -48,8 +42,13 @@ def refused(capfd, *arguments: str) -> str:
 
 
 def launch(*arguments: str):
-    return call(
-        "--cpu", "train_erase.py", *arguments, launcher=("-m", "accelerate.commands.launch")
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "train_erase.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import forked
 from expunge import backbones
 from expunge.cli import run
 from expunge.decoding import Clip, Linear, Vae, prompts
@@ -302,5 +302,5 @@ def test_the_python_of_the_docs_runs(tmp_path) -> None:
     assert found
     for block in found:
         command = [sys.executable, "-c", block]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = forked.run(command, tmp_path)
         assert done.returncode == 0, done.stderr

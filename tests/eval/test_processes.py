@@ -11,15 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+
+import forked
+from expunge.pictures import save_png, to_pil
 
 LIMIT = 3
 
 
 @pytest.fixture
-def command(suite_file: Path, tiny_model: Path, tiny_lora: Path) -> list[str]:
+def command(suite_file: Path, tiny_model: Path, tiny_lora: Path, tmp_path: Path) -> list[str]:
+    """With a metric that keeps features of a folder beside the pictures."""
+    (tmp_path / "reference").mkdir()
+    for i in range(3):
+        save_png(to_pil(torch.full((3, 64, 64), i - 1.0)), tmp_path / "reference" / f"{i}.png")
+    table = yaml.safe_load(suite_file.read_text())
+    table["metrics"]["kid"] = {
+        "type": "kid", "extractor": "emoji_judge", "reference": str(tmp_path / "reference"),
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(table))
     return [
-        sys.executable, "-m", "expunge.cli", "eval", "--suite", str(suite_file), "--model",
-        str(tiny_model), "--lora", str(tiny_lora), "--limit", str(LIMIT),
+        sys.executable, "-m", "expunge.cli", "eval", "--suite", str(tmp_path / "suite.yaml"),
+        "--model", str(tiny_model), "--lora", str(tiny_lora), "--limit", str(LIMIT),
     ]  # fmt: skip
 
 
@@ -40,6 +54,8 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
 
 def run(command: list[str], folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     whole = [*command, "--output_dir", str(folder), *words]
+    if "--processes" not in words:
+        return forked.run(whole)
     return subprocess.run(whole, capture_output=True, text=True, check=False)
 
 
@@ -56,6 +72,7 @@ def test_two_processes_share_the_work_and_say_the_same(command: list[str], tmp_p
     # The first of two makes its half of each model's pictures.
     assert sum(cost["generated"].values()) == pytest.approx(made / 2, abs=2)
     assert len(list((tmp_path / "two" / "images" / "scores").glob("*/*.jsonl"))) == 2
+    assert len(list((tmp_path / "two" / "images" / "features").glob("*"))) == 1
     assert both.stdout.count("target_seen") == alone.stdout.count("target_seen") > 0
 
 

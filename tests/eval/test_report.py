@@ -59,7 +59,7 @@ def test_failures_of_the_detector_are_told(
     )
     text = markdown(found)
     assert f"{failed} of {len(plan.cases)} pictures of erased could not be judged" in text
-    assert "this picture breaks the detector" in text
+    assert f"({failed} × RuntimeError: this picture breaks the detector)" in text
     written = write_report(found, store, tmp_path)
     assert written["metrics"]["kept_style"]["unknown"] > 0
     assert (tmp_path / "grid.png").is_file()

@@ -1,5 +1,6 @@
 """Second judges, metrics that look at pictures, and that nothing is judged twice."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from expunge.eval.cases import Plan
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.eval.harness import Outcome, Panel, evaluate
 from expunge.eval.metrics import Batch
-from expunge.eval.report import Evaluation, markdown, to_dict
+from expunge.eval.report import Evaluation, markdown, to_dict, write_report
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 from expunge.results import Measurement, wilson
@@ -28,10 +29,12 @@ class Brightness:
     chokes_on: Callable[[Batch], bool] = lambda batch: False
 
     def open(self) -> "Brightness":
+        return self
+
+    def begin(self, keep: Path | None = None) -> None:
         self.seen: list[float] = []
         self.base: list[float] = []
         self.order: list[str] = []
-        return self
 
     def protocol(self) -> dict[str, Any]:
         return {"metric": "brightness"}
@@ -110,14 +113,13 @@ def test_a_second_judge_that_fails_is_unknown(
 def test_a_metric_sees_the_pictures_of_its_groups_beside_the_bases(
     suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path
 ) -> None:
-    panel, metric = Panel(reader, 0.5, {}), Brightness(["target", "pair"])
-    base = run(suite, plan, painter(), panel, tmp_path, pictures={"bright": metric})
+    metric = Brightness(["target", "pair"])
+    panel = Panel(reader, 0.5, {}, {"bright": (metric, metric)})
+    base = run(suite, plan, painter(), panel, tmp_path)
     wanted = [case.prompt for case in plan.cases if case.group in ("target", "pair")]
     assert (metric.order, metric.base) == (wanted, [])
     before = metric.seen
-    erased = run(
-        suite, plan, painter("object/bomb"), panel, tmp_path, pictures={"bright": metric}, base=base
-    )
+    erased = run(suite, plan, painter("object/bomb"), panel, tmp_path, base=base)
     assert metric.base == before
     assert sum(metric.seen) < sum(before)
     assert erased.metrics["bright"].n == len(wanted)
@@ -135,11 +137,49 @@ def test_a_picture_on_which_a_metric_fails_is_unknown(
     choosy.chokes_on = lambda batch: any("pink" in case.prompt for case in batch.cases)
     pink = sum("pink" in case.prompt for case in plan.cases)
     assert pink
-    both = {"whole": whole, "choosy": choosy}
-    found = run(suite, plan, painter(), Panel(reader, 0.5, {}), tmp_path, pictures=both)
+    panel = Panel(reader, 0.5, {}, {"whole": (whole, whole), "choosy": (choosy, choosy)})
+    found = run(suite, plan, painter(), panel, tmp_path)
     assert (found.metrics["whole"].n, found.metrics["whole"].unknown) == (len(plan.cases), 0)
     assert found.metrics["choosy"].unknown == pink
     assert found.metrics["choosy"].n == len(plan.cases) - pink
+    places = [i for i, case in enumerate(plan.cases) if "pink" in case.prompt]
+    assert found.failures == {
+        "whole": {},
+        "choosy": dict.fromkeys(places, "RuntimeError: too pink"),
+    }
+
+
+def test_why_a_metric_fails_is_told_with_its_count_and_beside_each_picture(
+    suite: Suite, plan: Plan, painter: Any, reader: Any, tmp_path: Path
+) -> None:
+    def choke(batch: Batch) -> bool:
+        if any("ink style" in case.prompt for case in batch.cases):
+            raise FloatingPointError("got NaN from /home/someone/weights.pth\nand more")
+        return any("pink" in case.prompt for case in batch.cases)
+
+    choosy, store = Brightness(chokes_on=choke), ImageStore(tmp_path)
+    panel = Panel(reader, 0.5, {}, {"choosy": (choosy, choosy)})
+    found = run(suite, plan, painter(), panel, tmp_path)
+    nan = "FloatingPointError: got NaN from …/weights.pth"
+    count = {why: list(found.failures["choosy"].values()).count(why)
+             for why in (nan, "RuntimeError: too pink")}  # fmt: skip
+    assert all(count.values())
+    told = Evaluation(suite, plan, True, "x", "model", found, None, reader.protocol())
+    text = markdown(told)
+    for why, n in count.items():
+        assert f"{n} × {why}" in text
+    write_report(told, store, tmp_path)
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    for i, row in enumerate(rows):
+        why = found.failures["choosy"].get(i)
+        assert row["model"].get("metric_errors") == (why and {"choosy": why})
+    page = (tmp_path / "report.html").read_text()
+    for why, n in count.items():
+        # In the table of what is unknown, and in each picture's own sheet.
+        assert f'<td data-label="pictures">{n}</td>' in page
+        assert page.count(f">choosy: {why}</td>") == 1
+        assert page.count(json.dumps(f"choosy: {why}")) == n
+    assert "/home" not in page + text + (tmp_path / "scores.json").read_text()
 
 
 def test_differences_are_paired_and_corrected_for_their_number(

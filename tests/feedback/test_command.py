@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
+import time
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from expunge.feedback.command import DERIVED, FeedbackConfig
 from expunge.results import sha256_file
 from expunge.train.config import TrainConfig
 from expunge.train.objectives.hfi import Hfi
+from forked import Forked
 
 QUICK = ["--inversion.steps", "2", "--inversion.batch_size", "2", "--sampling_steps", "1"]
 
@@ -186,24 +185,13 @@ def test_a_head_for_another_clip_is_refused(arguments, tmp_path) -> None:
         ClipHead(str(tmp_path / "out" / "reward.safetensors"), clip="emoji").build()
 
 
-SCRIPT = "import sys; from expunge.cli import main; sys.exit(main(sys.argv[1:]))"
-
-
-def start(*arguments: str) -> tuple[subprocess.Popen, str]:
-    """The command and the address of its page; interrupts reach it however pytest was started."""
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "feedback", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    signal.signal(signal.SIGINT, heard)
-    for line in process.stdout:
-        if line.startswith("open http://127.0.0.1:"):
-            return process, line.split()[1]
-    raise AssertionError(process.stderr.read())
+def start(*arguments: str) -> tuple[Forked, str]:
+    """The command and the address of its page."""
+    process = Forked(["expunge", "feedback", *arguments])
+    while not (said := re.search(r"^open (http://127\.0\.0\.1:\S+)", process.output(), re.M)):
+        assert process.poll() is None, process.errors()
+        time.sleep(0.02)
+    return process, said[1]
 
 
 def say(address: str, picture: int, label: str) -> None:
@@ -220,9 +208,8 @@ def test_the_page_from_drawing_to_a_token(tiny_sd1, tiny_clip, tmp_path) -> None
     process, address = start(*arguments)
     for picture, label in enumerate(("yes", "yes", "no")):
         say(address, picture, label)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.interrupt()
+    assert process.wait(60) == 130
     drawn = {file: file.stat().st_mtime_ns for file in (out / "pictures").iterdir()}
     assert len(drawn) == 4
     process, address = start(*arguments)
@@ -231,8 +218,7 @@ def test_the_page_from_drawing_to_a_token(tiny_sd1, tiny_clip, tmp_path) -> None
     say(address, 3, "no")
     with contextlib.closing(urllib.request.urlopen(address + "done", b"{}", timeout=10)):
         pass
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert process.wait(300) == 0, process.errors()
     assert {file: file.stat().st_mtime_ns for file in (out / "pictures").iterdir()} == drawn
     recipe = load(TrainConfig, with_output(out / "train.yaml"))
     assert recipe.concept.preserve == ["", "a key"]

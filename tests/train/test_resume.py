@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from expunge import adapters
 from expunge.errors import UserError
 from expunge.train.train_erase import train
+from forked import Forked
 from small_runs import KINDS, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,15 +27,8 @@ sys.exit(run(main, sys.argv[1:]))
 """
 
 
-def launch(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def launch(arguments: list[str]) -> Forked:
+    return Forked([sys.executable, "-c", SCRIPT, *arguments], ROOT)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +46,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
     yaml = tmp_path / "run.yaml"
     yaml.write_text(dump(reference))
     done = launch(["--config", str(yaml)])
-    assert done.wait() == 0, done.stderr.read()
+    assert done.wait() == 0, done.errors()
     out = tmp_path / "killed"
     arguments = ["--config", str(yaml), "--output_dir", str(out)]
     moments = random.Random(kind).sample(range(1, steps), 2)
@@ -63,13 +54,12 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
         process = launch([*arguments, "--resume", "true"])
         # Killed right as, or shortly after, that step's state appears.
         while not (out / "checkpoints" / f"step-{step:06d}").exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.errors()
             time.sleep(0.002)
         time.sleep(random.Random(step).random() * 0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     done = launch([*arguments, "--resume", "true"])
-    assert done.wait() == 0, done.stderr.read()
+    assert done.wait() == 0, done.errors()
     assert (tmp_path / "whole" / adapters.FILE).read_bytes() == (out / adapters.FILE).read_bytes()
     whole, killed = (
         json.loads((folder / "train_result.json").read_text())
@@ -78,7 +68,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
     assert killed["unet_forwards"] == whole["unet_forwards"]
     again = launch([*arguments, "--resume", "true"])
     assert again.wait() == 0
-    assert "nothing to resume" in again.stdout.read()
+    assert "nothing to resume" in again.output()
 
 
 def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
