@@ -51,7 +51,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "latent_inversion": {},
     "relearning": {
         "learning_rate": 1e-4,
-        "checkpoints": [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500],
+        "checkpoints": [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000],
     },
 }
 
