@@ -121,31 +121,37 @@ def test_they_come_back_from_their_state(tiny_sd1) -> None:
 
 def test_twins_begin_with_the_same_noise_and_are_the_students(tiny_sd1) -> None:
     maker, how = replace(maker_of(tiny_sd1), twins=True), Noised(count=6, steps=3)
+    request = Request([("a key", "a bomb"), ("a bus", "a bomb")], REQUEST.retained[:1])
     pictures, again = how.open(), how.open()
-    (batch,) = batches(maker, pictures)
+    batches(maker, pictures, request=request)
     networks = maker.networks
-    assert networks.forwards["sampling"] == 2 * 3 * (6 + 2)  # two requests of three, two erased
+    assert networks.forwards["sampling"] == 2 * 3 * (6 + 4)  # two requests of three, four erased
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
     pipeline.unet = networks.unet  # with the student's LoRA
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))[:1]
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))[:2]
     drawn = pipeline(
-        ["a key"], latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+        ["a key", "a bus"],
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        output_type="latent",
     ).images
     twins = pictures.latents["twins"]
-    assert twins.shape == pictures.latents["erased"].shape == (2, 4, 8, 8)
-    torch.testing.assert_close(twins[:1], drawn, atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(twins[:1], pictures.latents["erased"][:1], atol=0.05)
-    # The ε that is told of a twin leads from x_t to it.
+    assert twins.shape == pictures.latents["erased"].shape == (4, 4, 8, 8)
+    torch.testing.assert_close(twins[:2], drawn, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(twins[:2], pictures.latents["erased"][:2], atol=0.05)
+    # The ε that is told of a twin leads from x_t to it, and not to another's.
     again.load_state_dict(pictures.state_dict())
     for source in (pictures, again):
-        for batch in batches(maker, source, range(1, 20)):
-            ᾱ = prediction.alpha_bar(networks.scheduler, batch.t[:1])
+        for batch in batches(maker, source, range(1, 20), request):
+            ᾱ = prediction.alpha_bar(networks.scheduler, batch.t[:2])
             x0, twin = (
-                prediction.to_x0(batch.recall(name), batch.x_t[:1], ᾱ)
+                prediction.to_x0(batch.recall(name), batch.x_t[:2], ᾱ)
                 for name in ("noise/made", "twin/made")
             )
-            i = (pictures.latents["erased"] - x0).abs().flatten(1).amax(1).argmin()
-            torch.testing.assert_close(twin, twins[i : i + 1], atol=1e-2, rtol=1e-2)
+            distance = (pictures.latents["erased"] - x0[:, None]).abs().flatten(2).amax(2)
+            own = twins[distance.argmin(1)]
+            torch.testing.assert_close(twin, own, atol=1e-2, rtol=1e-2)
 
 
 def test_without_a_wish_there_are_no_twins(tiny_sd1) -> None:
