@@ -52,6 +52,7 @@ class Method:
 
 METHODS = {
     "density": Method("emoji_bomb_density.yaml"),
+    "twin": Method("emoji_bomb_twin.yaml"),
     "ESD": Method("emoji_bomb_esd.yaml"),
     "SDD": Method("emoji_bomb_sdd.yaml"),
     "ESD, published": Method("emoji_bomb_esd_published.yaml"),
@@ -122,6 +123,7 @@ def subjects(pictures: Path) -> dict[str, Subject]:
     found["ink"] = Subject(
         ink, "ink", styles,
         {"preserve": {"preserve.pairs": 0}, "density": sight | {"start.pairs": False},
+         "twin": {"objective.pairs": 0, "start.pairs": False},
          "UCE": {"objective.pairs": False}, "RECE": {"objective.pairs": False}},
     )  # fmt: skip
     # The token was learnt from such pictures, and the density sees them; none reads "bomb".
