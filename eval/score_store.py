@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import UserError
 from expunge.eval.cases import Observation, Seen
-from expunge.eval.store import Pixels
+from expunge.eval.store import Pixels, writable
 from expunge.results import sha256_json, write_json_atomic
 
 
@@ -32,13 +31,12 @@ class ScoreStore:
         self._folder = root / "scores" / sha256_json(protocol)[:32]
         self._file = self._folder / f"{os.uname().nodename}-{os.getpid()}.jsonl"
         self._known: dict[str, Observation] = {}
-        try:
+        self._root = root
+        with writable(root):
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (self._folder / "protocol.json").exists():
                 write_json_atomic(self._folder / "protocol.json", dict(protocol))
             self.reload()
-        except OSError as error:
-            raise self._refusal(error) from error
 
     def reload(self) -> None:
         """Read what all processes have written."""
@@ -68,18 +66,9 @@ class ScoreStore:
         if isinstance(seen, Seen):
             row["details"] = seen.details
         self._known[name] = seen
-        try:
-            with open(self._file, "ab") as stream:
-                # A line that was torn by a full disk must not swallow this one.
-                stream.write(b"\n" + json.dumps(row, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(
-            f"got image store {self._folder.parent.parent}; allowed: a folder that can be written "
-            f"to; {error.strerror or error}; free space or choose another with --store, then rerun"
-        )
+        # A line that was torn by a full disk must not swallow this one.
+        with writable(self._root), open(self._file, "ab") as stream:
+            stream.write(b"\n" + json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def _name(key: str, pixels: Pixels) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,25 @@ from PIL.PngImagePlugin import PngInfo
 
 from expunge.errors import UserError
 from expunge.eval.cases import AS_SUITE, Sampling
-from expunge.results import sha256_json, write_json_atomic
+from expunge.results import sha256_json, whole_file, write_json_atomic
 
 Pixels = NDArray[np.uint8]
+
+
+@contextmanager
+def writable(root: Path) -> Iterator[None]:
+    """What cannot be written into a store is the user's to mend.
+
+    Raises:
+        UserError: An OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"got image store {root}; allowed: a folder that can be written to; "
+            f"{error.strerror or error}; free space or choose another with --store, then rerun"
+        ) from error
 
 
 class ImageStore:
@@ -79,36 +95,19 @@ class ImageStore:
         information.add_itxt("prompt", prompt)
         information.add_text("seed", str(seed))
         information.add_text("pixels", hashlib.sha256(pixels.tobytes()).hexdigest())
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with writable(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "wb") as stream:
-                    Image.fromarray(pixels).save(stream, "PNG", pnginfo=information)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"got image store {self.root}; allowed: a folder that can be written to; "
-                f"{error.strerror or error}; free space or choose another with --store, then rerun"
-            ) from error
+            with whole_file(path) as stream:
+                Image.fromarray(pixels).save(stream, "PNG", pnginfo=information)
 
     def describe(self, identity: Mapping[str, Any]) -> None:
         """Leave a note of what an identity is beside its pictures, for people."""
         folder = self.root / "identities"
-        try:
+        with writable(self.root):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{sha256_json(identity)}.json"
             if not path.exists():
                 write_json_atomic(path, dict(identity))
-        except OSError as error:
-            raise UserError(
-                f"got image store {self.root}; allowed: a folder that can be written to; "
-                f"{error.strerror or error}; choose another with --store"
-            ) from error
 
     def _note(self, path: Path, why: str) -> None:
         self.notes.append(f"{path.relative_to(self.root)} was damaged and is made again ({why})")

@@ -8,11 +8,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from expunge.errors import UserError
 
@@ -74,12 +76,19 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write text under a temporary name beside ``path``, then rename."""
+    """Write text so that a reader sees the old file or the whole new one."""
+    with whole_file(path) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name beside ``path``, renamed once all of it is on the disk."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, target)

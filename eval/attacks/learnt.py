@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expunge.eval.attacks.arena import Arena
+from expunge.results import whole_file
 
 FILE = "learnt.pt"
 
@@ -51,12 +51,8 @@ class Learnt:
             "attempts": self.arena.attempts,
             "passes": self.arena.passes,
         }
-        temporary = self.file.with_name(f".{FILE}.tmp")
-        with open(temporary, "wb") as stream:
+        with whole_file(self.file) as stream:
             torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.file)
 
     @torch.no_grad()
     def restore(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from tqdm import tqdm
 from expunge.errors import UserError
 from expunge.eval.features import OpenExtractor, extract
 from expunge.eval.generators import threads
+from expunge.eval.store import writable
 from expunge.pictures import picture_files, read_picture
-from expunge.results import sha256_json
+from expunge.results import sha256_json, whole_file
 
 Values = NDArray[np.float64]
 BATCH = 16
@@ -67,8 +67,11 @@ class Reference:
             rows = None if file is None else _read(file, len(self._files))
             if rows is None:
                 rows = self._extract()
-                if file is not None:
-                    _write(file, rows)
+                if keep is not None and file is not None:
+                    with writable(keep):
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        with whole_file(file) as stream:
+                            np.savez(stream, features=rows)
             self._found = rows.astype(np.float64)
         return self._found
 
@@ -95,22 +98,3 @@ def _read(file: Path, n: int) -> NDArray[np.float32] | None:
     except Exception:
         return None
     return rows if rows.ndim == 2 and len(rows) == n and np.isfinite(rows).all() else None
-
-
-def _write(file: Path, rows: NDArray[np.float32]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as stream:
-                np.savez(stream, features=rows)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"got image store {file.parent.parent}; allowed: a folder that can be written to; "
-            f"{error.strerror or error}; free space or choose another with --store, then rerun"
-        ) from error
