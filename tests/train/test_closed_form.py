@@ -176,7 +176,7 @@ def test_rece_leaves_less_to_reach_than_uce(pipeline) -> None:
     names = backbones.modules_of(pipeline.unet, "x-strict")
     weights = [pipeline.unet.get_submodule(name).weight.detach().double() for name in names]
     G = torch.stack([w.T @ w for w in weights]).sum(0)
-    heart = embeddings(pipeline, "a bomb", 6, "last").double()
+    heart = embeddings(pipeline, "a bomb", 6, "last")[0].double()
 
     def reached(objective) -> float:
         T = objective.fit(pipeline, CONCEPT).T
@@ -191,9 +191,16 @@ def test_the_tokens_are_those_of_the_phrase(pipeline) -> None:
     ids = pipeline.tokenizer("a bomb in ink style").input_ids
     upto = len(pipeline.tokenizer("a bomb").input_ids) - 2
     assert 0 < upto < len(ids) - 2
-    last = embeddings(pipeline, "a bomb in ink style", 6, "last")
+    last, counts = embeddings(pipeline, "a bomb in ink style", 6, "last")
     assert torch.equal(last, states[upto : upto + 1])
-    assert torch.equal(embeddings(pipeline, "a bomb in ink style", 6, "rest"), states[upto:])
+    assert counts.tolist() == [[1.0]]
+    rest, counts = embeddings(pipeline, "a bomb in ink style", 6, "rest")
+    assert torch.equal(rest, states[upto:])
+    # Up to the token that ends the text each is one; all the padding together is another.
+    words = len(ids) - upto
+    assert counts[:words].tolist() == [[1.0]] * words
+    assert float(counts[words:].sum()) == pytest.approx(1)
+    assert len(set(counts[words:].flatten().tolist())) == 1
     with pytest.raises(UserError, match="longer than the"):
         embeddings(pipeline, "a bomb " * 100, 700, "last")
 
@@ -201,10 +208,10 @@ def test_the_tokens_are_those_of_the_phrase(pipeline) -> None:
 def test_with_no_anchor_the_rest_of_a_sentence_meets_itself(pipeline) -> None:
     """What is behind an empty place begins right behind the token that begins every text."""
     (states,) = backbones.encode_prompts(pipeline, [" in ink style"])
-    assert torch.equal(embeddings(pipeline, " in ink style", 0, "rest"), states)
+    assert torch.equal(embeddings(pipeline, " in ink style", 0, "rest")[0], states)
     (states,) = backbones.encode_prompts(pipeline, ["a picture of "])
     upto = len(pipeline.tokenizer("a picture of").input_ids) - 2
-    assert torch.equal(embeddings(pipeline, "a picture of ", 13, "rest"), states[upto:])
+    assert torch.equal(embeddings(pipeline, "a picture of ", 13, "rest")[0], states[upto:])
 
 
 @pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
@@ -240,6 +247,8 @@ def test_training_solves_it_and_plain_diffusers_reads_it(
         (["--preserve.weight", "1", "--concept.preserve", '["a cat"]'], "closed form"),
         (["--objective.regularisation", "0"], "above 0"),
         (["--objective.tokens", "all"], "last or rest"),
+        (["--objective.neutral_scale", "-1"], "neutral_scale 0 or more"),
+        (["--objective.sentences", "[a drawing]"], "each with one {}"),
     ],
 )
 def test_what_cannot_be_is_refused(options, said) -> None:
@@ -249,13 +258,14 @@ def test_what_cannot_be_is_refused(options, said) -> None:
 
 
 def test_beside_what_stays_it_is_read_as_what_stays_alone(pipeline) -> None:
-    c = embeddings(pipeline, "a cat face and a bomb", 21, "rest").double()
-    g = embeddings(pipeline, "a cat face and ", 15, "rest").double()
+    c, counts = embeddings(pipeline, "a cat face and a bomb", 21, "rest")
+    g, _ = embeddings(pipeline, "a cat face and ", 15, "rest")
     n = min(len(c), len(g))
+    c, g, counts = c[:n].double(), g[:n].double(), counts[:n].sqrt()
 
     def left(pairs: bool) -> float:
-        T = Uce(tokens="rest", pairs=pairs).fit(pipeline, CONCEPT).T
-        return float((c[:n] + c[:n] @ T.T - g[:n]).norm() / (c[:n] - g[:n]).norm())
+        T = Uce(tokens="rest", pairs=pairs, regularisation=0.02).fit(pipeline, CONCEPT).T
+        return float((counts * (c + c @ T.T - g)).norm() / (counts * (c - g)).norm())
 
     assert left(True) < 0.5 * left(False)
 
@@ -266,5 +276,28 @@ def test_against_several_targets_as_much_is_held_as_against_one(pipeline) -> Non
         Uce(tokens="rest", regularisation=1e-9).fit(pipeline, replace(CONCEPT, targets=targets)).T
         for targets in (["a bomb"], ["a bomb", "a bomb"])
     )
-    kept = embeddings(pipeline, "a cat face", 10, "rest").double()
+    kept = embeddings(pipeline, "a cat face", 10, "rest")[0].double()
     torch.testing.assert_close(kept @ twice.T, kept @ once.T, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("holds", "prompt"),
+    [
+        ({"sentences": ["{} in ink style", "flat {}"]}, "a cat face in ink style"),
+        ({"neutral_scale": 100.0}, ""),
+    ],
+)
+def test_what_is_held_besides_moves_less(pipeline, holds, prompt) -> None:
+    def moved(objective: Uce) -> float:
+        p, counts = embeddings(pipeline, prompt, 0, "rest")
+        return float((counts * (p.double() @ objective.fit(pipeline, CONCEPT).T.T)).norm())
+
+    assert moved(Uce(tokens="rest", **holds)) < 0.5 * moved(Uce(tokens="rest"))
+
+
+def test_all_sentences_of_a_noun_weigh_as_much_as_the_noun(pipeline) -> None:
+    """ "{}" as its only sentence, or three times, is the noun with twice the b."""
+    twice = Uce(tokens="rest", preserve_scale=2.0).fit(pipeline, CONCEPT).T
+    for sentences in (["{}"], ["{}"] * 3):
+        found = Uce(tokens="rest", sentences=sentences).fit(pipeline, CONCEPT).T
+        torch.testing.assert_close(found, twice)

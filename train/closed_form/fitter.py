@@ -25,31 +25,42 @@ class Fitter:
     Args:
         width: D, of the embeddings.
         λ: How strongly W' is held to W, above 0.
+
+    Attributes:
+        erased: All c, (N, D) at a time.
+        wanted: Their g.
+        weights: Their a, (N, 1).
     """
 
     def __init__(self, width: int, λ: float) -> None:
         self.M = λ * torch.eye(width, dtype=torch.float64)
-        self.differences: list[Tensor] = []
         self.erased: list[Tensor] = []
+        self.wanted: list[Tensor] = []
+        self.weights: list[Tensor] = []
 
-    def erase(self, c: Tensor, g: Tensor, a: float = 1.0) -> None:
-        """W' c = W g is wanted, c and g (N, D), with weight a."""
-        c, g = c.cpu().double(), g.cpu().double()
-        self.M += a * c.T @ c
-        self.differences.append(a * (g - c))
+    def erase(self, c: Tensor, g: Tensor, a: Tensor | float = 1.0) -> None:
+        """W' c = W g is wanted, c and g (N, D), with weight a, (N, 1) or one for all."""
+        c = self._weigh(c, a)
         self.erased.append(c)
+        self.wanted.append(g.cpu().double())
+        self.weights.append(torch.as_tensor(a, dtype=c.dtype).cpu().expand(len(c), 1))
 
-    def preserve(self, p: Tensor, b: float = 1.0) -> None:
-        """W' p = W p is wanted, p (N, D), with weight b."""
-        p = p.cpu().double()
-        self.M += b * p.T @ p
+    def preserve(self, p: Tensor, b: Tensor | float = 1.0) -> None:
+        """W' p = W p is wanted, p (N, D), with weight b, (N, 1) or one for all."""
+        self._weigh(p, b)
+
+    def _weigh(self, x: Tensor, weight: Tensor | float) -> Tensor:
+        """M with weight · x xᵀ more; x as it is computed with."""
+        x = x.cpu().double()
+        self.M += (weight * x).T @ x
+        return x
 
     def solve(self) -> Edit:
         """The frozen edit."""
         if not self.erased:
             raise ValueError("got nothing to erase")
-        C, G = torch.cat(self.erased), torch.cat(self.differences)
-        return Edit(G.T.contiguous(), torch.linalg.solve(self.M, C.T).T.contiguous())
+        c, g, a = (torch.cat(parts) for parts in (self.erased, self.wanted, self.weights))
+        return Edit((a * (g - c)).T.contiguous(), torch.linalg.solve(self.M, c.T).T.contiguous())
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,8 @@ class Edit:
             ) from None
 
 
-def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> Tensor:
-    """What cross-attention reads of a phrase in a prompt, (N, D).
+def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> tuple[Tensor, Tensor]:
+    """What cross-attention reads of a phrase in a prompt, (N, D), and how each counts, (N, 1).
 
     Args:
         pipeline: Whose text encoder it is.
@@ -111,7 +122,8 @@ def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> Tensor:
         end: Of the phrase in it, in characters; where nothing stands before, the token that begins
             every text takes its place.
         tokens: `last`, the phrase's last token, as published; `rest`, that and all behind it up to
-            the end of the sequence, which a causal text encoder has seen the phrase in.
+            the end of the sequence, which a causal text encoder has seen the phrase in. All the
+            padding behind a text counts as one token: it is most of the sequence, and alike.
 
     Raises:
         UserError: The prompt does not fit into the text encoder.
@@ -127,5 +139,8 @@ def embeddings(pipeline: Any, prompt: str, end: int, tokens: str) -> Tensor:
             f"got prompt {prompt!r}, longer than the {len(states)} tokens that the text encoder "
             "reads; allowed: a shorter one"
         )
-    found: Tensor = states[last : last + 1] if tokens == "last" else states[last:]
-    return found
+    counts = torch.ones(len(states), 1, dtype=torch.float64)
+    padding = counts[len(token_ids(pipeline, prompt)) :]
+    padding /= max(len(padding), 1)
+    read = slice(last, last + 1 if tokens == "last" else None)
+    return states[read], counts[read]

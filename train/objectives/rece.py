@@ -69,10 +69,9 @@ class Rece(Uce):
         for name in modules_of(pipeline.unet, self.modules):
             W = pipeline.unet.get_submodule(name).weight.detach().cpu().double()
             G += W.T @ W
-        c = torch.cat(fitter.erased)
-        g = c + torch.cat(fitter.differences) / self.erase_scale
+        c, g, a = map(torch.cat, (fitter.erased, fitter.wanted, fitter.weights))
         edit = fitter.solve()
         for _ in range(self.rounds):
-            fitter.erase(adversarial(c, edit.T, G, self.attack_regularisation), g, self.erase_scale)
+            fitter.erase(adversarial(c, edit.T, G, self.attack_regularisation), g, a)
             edit = fitter.solve()
         return edit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from expunge.concepts import Concept
@@ -21,27 +21,37 @@ class Uce:
     Attributes:
         erase_scale: a.
         preserve_scale: b, for each target: several erase more, and so need more held against them.
+        neutral_scale: b of the neutral prompt, in the same way. Guidance reads it in every step, so
+            that a change of it is in every picture. Published: 0.
         regularisation: λ.
         pairs: Erase it beside every retained noun as well ("X and a bomb" is read as "X and "), so
             that what stands beside it is not taken along; published: no.
-        tokens: Of each text `last`, its last token, as published; `rest`, that and all behind it.
+        sentences: In which retained nouns are held as well, ``{}`` is their place; all sentences of
+            a noun together weigh as much as the noun alone. Published: none.
+        tokens: Of each text `last`, its last token, as published; `rest`, of what is erased that
+            and all behind it, of what stays all, the padding as one token.
     """
 
     erase_scale: float = 1.0
     preserve_scale: float = 1.0
+    neutral_scale: float = 0.0
     regularisation: float = 0.5
     pairs: bool = False
+    sentences: list[str] = field(default_factory=list)
     tokens: Literal["last", "rest"] = "last"
 
     modules: ClassVar[str] = "x-strict"
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.erase_scale > 0 and self.preserve_scale >= 0 and self.regularisation > 0):
+        least = min(self.preserve_scale, self.neutral_scale)
+        if not (self.erase_scale > 0 and least >= 0 and self.regularisation > 0):
             raise ValueError(
-                f"got {self}; allowed: erase_scale and regularisation above 0, preserve_scale 0 or "
-                "more"
+                f"got {self}; allowed: erase_scale and regularisation above 0, preserve_scale and "
+                "neutral_scale 0 or more"
             )
+        if not all(sentence.count("{}") == 1 for sentence in self.sentences):
+            raise ValueError(f"got sentences {self.sentences}; allowed: texts, each with one {{}}")
 
     def fit(self, pipeline: Any, concept: Concept) -> Edit:
         """The edit of all keys and values."""
@@ -52,14 +62,20 @@ class Uce:
         from expunge.train.closed_form.fitter import Fitter, embeddings
         from expunge.train.preserve import Preserve
 
-        width = pipeline.unet.config.cross_attention_dim
-        fitter = Fitter(width, self.regularisation)
-        nouns = Preserve.nouns(concept) if self.pairs else []
-        beside = [text for noun in nouns for text in (f"{{}} and {noun}", f"{noun} and {{}}")]
+        fitter = Fitter(pipeline.unet.config.cross_attention_dim, self.regularisation)
+
+        def preserve(prompt: str, b: float) -> None:
+            end = len(prompt) if self.tokens == "last" else 0
+            p, counts = embeddings(pipeline, prompt, end, self.tokens)
+            fitter.preserve(p, b * len(concept.targets) * counts)
+
+        nouns = Preserve.nouns(concept)
+        pairs = [text for noun in nouns for text in (f"{{}} and {noun}", f"{noun} and {{}}")]
+        templates = dict.fromkeys([*concept.templates, *(pairs if self.pairs else [])])
         for target in concept.targets:
-            for template in dict.fromkeys([*concept.templates, *beside]):
+            for template in templates:
                 # Both begin where the noun stands, so that all that follows meets itself.
-                c, g = (
+                (c, counts), (g, _) = (
                     embeddings(
                         pipeline,
                         template.replace("{}", text),
@@ -69,8 +85,11 @@ class Uce:
                     for text in (target, concept.anchor_of(target))
                 )
                 n = min(len(c), len(g))
-                fitter.erase(c[:n], g[:n], self.erase_scale)
+                fitter.erase(c[:n], g[:n], self.erase_scale * counts[:n])
+        preserve(concept.neutral, self.neutral_scale)
         for prompt in concept.retained():
-            p = embeddings(pipeline, prompt, len(prompt), self.tokens)
-            fitter.preserve(p, self.preserve_scale * len(concept.targets))
+            preserve(prompt, self.preserve_scale)
+        for sentence in self.sentences:
+            for noun in nouns:
+                preserve(sentence.replace("{}", noun), self.preserve_scale / len(self.sentences))
         return fitter
