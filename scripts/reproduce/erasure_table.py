@@ -200,10 +200,17 @@ def settings_of(method: str, subject: Subject) -> dict[str, Any]:
         kept = [*about["concept"]["preserve"], "a bomb", *subject.kept]
         concept["preserve"] = [prompt for prompt in kept if prompt != subject.asked]
     settings = {f"concept.{key}": value for key, value in concept.items()}
-    sentences = about.get("preserve", {}).get("templates")
-    if sentences is not None:
-        erased = Concept(**subject.concept)
-        settings["preserve.templates"] = [s for s in sentences if not erased.mentioned_in(s)]
+    erased = Concept(**subject.concept)
+    for part, key in (
+        ("preserve", "templates"),
+        ("start", "sentences"),
+        ("objective", "sentences"),
+    ):
+        sentences = about.get(part, {}).get(key)
+        if sentences is not None:
+            kept = [text for text in sentences if not erased.mentioned_in(text)]
+            settings[f"{part}.{key}"] = kept
+    if "preserve.templates" in settings:
         settings |= subject.settings.get("preserve", {})
     return settings | subject.settings.get(method, {})
 

@@ -12,7 +12,12 @@ from expunge.conditioning import condition
 from expunge.densities.clip_text import ClipText
 from expunge.prediction import alpha_bar, guide, to_x0
 from expunge.train.latents import Maker
-from expunge.train.objectives.density import Density, guided_target, moved_target
+from expunge.train.objectives.density import (
+    Density,
+    anchored_target,
+    guided_target,
+    moved_target,
+)
 from expunge.train.predictions import Networks
 
 generator = torch.Generator().manual_seed(0)
@@ -60,6 +65,22 @@ def test_a_threshold_that_is_never_reached_leaves_the_teacher(made) -> None:
     build, predictions, x_t, t, networks = made
     assert torch.equal(build(1.0)(predictions, x_t, t), ep)
     assert networks.forwards["teacher"] == 0
+
+
+def test_anchored_it_teaches_the_sentence_without_the_concept(made) -> None:
+    """Unseen the anchor's own prediction, seen that and away from the concept's text."""
+    build, predictions, x_t, t, _ = made
+    ea = torch.randn(ep.shape, generator=generator)
+    found = build(1.0, anchored=True)
+    assert found.needs == ("teacher/concept", "teacher/null", "teacher/anchor")
+    assert torch.equal(found(predictions | {"teacher/anchor": ea}, x_t, t), ea)
+    told = {"places": 0, "strength": 2.0}
+    seen = build(-1.0, anchored=True, **told)(predictions | {"teacher/anchor": ea}, x_t, t)
+    plain = build(-1.0, **told)(predictions, x_t, t)
+    # Everywhere, so that of the prompt's own guidance nothing is left in either.
+    torch.testing.assert_close(seen - ea, plain - e0, atol=1e-4, rtol=1e-3)
+    half = anchored_target(ea, e0, eh, M / 2, 3.0)
+    torch.testing.assert_close(half, (ea + anchored_target(ea, e0, eh, M, 3.0)) / 2)
 
 
 def test_what_is_seen_is_guided_by_its_own_text(made) -> None:

@@ -37,6 +37,19 @@ def guided_target(ep: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Te
     return ep - M.amax(1, keepdim=True) * (ep - e0) - w * away
 
 
+def anchored_target(ea: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Tensor:
+    """ε* = ea − w Σ_h M_h ⊙ (e_h − e0), (B, C, h, w).
+
+    Args:
+        ea: Of the teacher with the prompt's anchor, (B, C, h, w).
+        e0: Without a prompt, (B, C, h, w).
+        eh: With the text of each concept, (B, H, C, h, w).
+        M: Where each concept is seen, (B, H, h, w).
+        w: How strongly its text is guided away from.
+    """
+    return ea - w * (M.unsqueeze(2) * (eh - e0.unsqueeze(1))).sum(1)
+
+
 def moved_target(ep: Tensor, Δ: Tensor, ᾱ: Tensor, s: float) -> Tensor:
     """ε* = ep − √ᾱ/√(1−ᾱ) Δ / s, (B, C, h, w).
 
@@ -69,6 +82,9 @@ class Density:
         copies: Altered views that a gradient is averaged over.
         places: Spots along a side that are covered to find where the concept is; 0: everywhere.
         guidance_scale: s of the prediction whose x̂0 is looked at.
+        anchored: ep is of the prompt with the anchor in the concept's place, so that elsewhere, and
+            where nothing is seen, the student learns what stays of the sentence; nothing of ep − e0
+            is taken away then. What a `start` has erased is not learnt back.
         pairs: Share of the samples whose prompt has a retained noun beside the concept.
         layers: Module group that learns.
     """
@@ -82,6 +98,7 @@ class Density:
     copies: int = 1
     places: int = 4
     guidance_scale: float = 4.0
+    anchored: bool = False
     pairs: float = 0.5
     layers: Literal["x", "x-strict", "u", "all"] = "x"
 
@@ -131,7 +148,7 @@ class Guide:
         self.density = how.density.build(concept, pipeline.device)
         look = how.decoder.build(pipeline)
         self.sight = Sight(self.density, look, maker.networks.scheduler, how.guidance_scale)
-        self.needs = self.sight.needs
+        self.needs = (*self.sight.needs, *(["teacher/anchor"] if how.anchored else []))
         names = self.density.names
         self.texts = list(self.density.texts or [", ".join(concept.targets)] * len(names))
 
@@ -143,17 +160,20 @@ class Guide:
 
         with torch.no_grad():
             images, seen = self.sight(predictions, x_t, t)
-            ep, e0 = (predictions[name].float() for name in self.needs)
+            ep, e0 = (predictions[name].float() for name in self.sight.needs)
+            ea = predictions["teacher/anchor"].float() if self.how.anchored else None
             rows, concepts = seen.nonzero(as_tuple=True)
             if self.how.direction == "gradient":
                 Δ = self._down_gradient(ep, e0, x_t, t, seen.any(1))
                 ᾱ = prediction.alpha_bar(self.maker.networks.scheduler, t)
-                return moved_target(ep, Δ, ᾱ, self.how.guidance_scale)
+                return moved_target(ep if ea is None else ea, Δ, ᾱ, self.how.guidance_scale)
             M = x_t.new_zeros(*seen.shape, *x_t.shape[2:], dtype=torch.float32)
             eh = e0.unsqueeze(1).expand(-1, seen.shape[1], -1, -1, -1).clone()
             if len(rows):
                 M[rows, concepts] = self._where(images[rows], concepts, x_t)
                 eh[rows, concepts] = self._under_text(x_t[rows], t[rows], concepts)
+            if ea is not None:
+                return anchored_target(ea, e0, eh, M, self.how.strength)
             return guided_target(ep, e0, eh, M, self.how.strength)
 
     def _where(self, images: Tensor, concepts: Tensor, x_t: Tensor) -> Tensor | float:
