@@ -24,8 +24,9 @@ class Uce:
         neutral_scale: b of the neutral prompt, in the same way. Guidance reads it in every step, so
             that a change of it is in every picture. Published: 0.
         regularisation: λ.
-        pairs: Erase it beside every retained noun as well ("X and a bomb" is read as "X and "), so
-            that what stands beside it is not taken along; published: no.
+        pairs: Erase it beside every retained noun as well, there onto nothing, whatever the anchor
+            ("X and a bomb" is read as "X and "), so that what stands beside it is not taken along;
+            published: no.
         sentences: In which retained nouns are held as well, ``{}`` is their place; all sentences of
             a noun together weigh as much as the noun alone. Published: none.
         tokens: Of each text `last`, its last token, as published; `rest`, of what is erased that
@@ -70,10 +71,12 @@ class Uce:
             fitter.preserve(p, b * len(concept.targets) * counts)
 
         nouns = Preserve.nouns(concept)
-        pairs = [text for noun in nouns for text in (f"{{}} and {noun}", f"{noun} and {{}}")]
-        templates = dict.fromkeys([*concept.templates, *(pairs if self.pairs else [])])
+        beside = [text for noun in nouns for text in (f"{{}} and {noun}", f"{noun} and {{}}")]
         for target in concept.targets:
-            for template in templates:
+            away = [(template, concept.anchor_of(target)) for template in concept.templates]
+            if self.pairs:
+                away += [(template, "") for template in beside]
+            for template, anchor in dict.fromkeys(away):
                 # Both begin where the noun stands, so that all that follows meets itself.
                 (c, counts), (g, _) = (
                     embeddings(
@@ -82,7 +85,7 @@ class Uce:
                         template.index("{}") + len(text),
                         self.tokens,
                     )
-                    for text in (target, concept.anchor_of(target))
+                    for text in (target, anchor)
                 )
                 n = min(len(c), len(g))
                 fitter.erase(c[:n], g[:n], self.erase_scale * counts[:n])
