@@ -257,14 +257,17 @@ def test_what_cannot_be_is_refused(options, said) -> None:
         parse(TrainConfig, [*argv, *options])
 
 
-def test_beside_what_stays_it_is_read_as_what_stays_alone(pipeline) -> None:
+@pytest.mark.parametrize("anchor", ["", "a key"])
+def test_beside_what_stays_it_is_read_as_what_stays_alone(pipeline, anchor) -> None:
+    """Whatever it is read as where it stands alone."""
+    concept = replace(CONCEPT, anchor=anchor)
     c, counts = embeddings(pipeline, "a cat face and a bomb", 21, "rest")
     g, _ = embeddings(pipeline, "a cat face and ", 15, "rest")
     n = min(len(c), len(g))
     c, g, counts = c[:n].double(), g[:n].double(), counts[:n].sqrt()
 
     def left(pairs: bool) -> float:
-        T = Uce(tokens="rest", pairs=pairs, regularisation=0.02).fit(pipeline, CONCEPT).T
+        T = Uce(tokens="rest", pairs=pairs, regularisation=0.02).fit(pipeline, concept).T
         return float((counts * (c + c @ T.T - g)).norm() / (counts * (c - g)).norm())
 
     assert left(True) < 0.5 * left(False)
