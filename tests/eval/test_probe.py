@@ -50,7 +50,8 @@ def run(folder: Path, **changes) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {
         "output_dir": str(folder), "concept": Concept(targets=["a bomb"], anchor="a balloon"),
-        "objective": Esd(), "latents": Rollout(steps=2), "start": Uce(tokens="rest"), "steps": 3,
+        "objective": Esd(), "latents": Rollout(steps=2), "steps": 3,
+        "start": Uce(tokens="rest", regularisation=0.01),
         "lora": Lora(rank=32, alpha=32.0), "learning_rate": 1e-6, "checkpoint_every": 0,
         "validation": Validation(prompts=["a bomb"], seeds=1, steps=1),
     }  # fmt: skip

@@ -105,5 +105,5 @@ def test_a_closed_form_edits_all_vectors_of_the_token(run) -> None:
     pipeline = backbones.load_pipeline(run.model)
     soft_tokens.load(pipeline, run.concept.tokens)
     (states,) = backbones.encode_prompts(pipeline, ["a <it> in ink"])
-    (last,) = embeddings(pipeline, "a <it> in ink", len("a <it>"), "last")
+    ((last,), _) = embeddings(pipeline, "a <it> in ink", len("a <it>"), "last")
     assert torch.equal(last, states[3])

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -261,8 +262,9 @@ def test_a_trial_with_its_own_noise_starts_from_it(arena) -> None:
     field.attempt([Trial(0, prompt, "own", seeds_own), Trial(0, prompt, "other", other)])
     plain = field.store.read(field.before[0].picture)
     same, differs = (field.store.read(t["picture"]) for t in field.attempts[0])
-    assert (same == plain).all()
-    assert (differs != plain).any()
+    # Made beside another picture, it may differ in the last bits, and so in one level of a byte.
+    assert np.abs(same.astype(int) - plain).max() <= 1
+    assert np.abs(differs.astype(int) - plain).max() > 20
 
 
 def test_rewrites_touch_only_the_concept_and_take_turns() -> None:
