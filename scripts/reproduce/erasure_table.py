@@ -12,10 +12,7 @@ the interval takes the pictures for independent, which those of one training are
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,18 +22,17 @@ from typing import Any
 import torch
 import yaml
 from measure import row
-from tables import Cells, chosen, fill, folder_of, markdown, require_same
+from tables import Cells, chosen, fill, folder_of, markdown
+from training import trained
 
 from expunge.backbones import load_pipeline, recommended_guidance
 from expunge.cli import run
 from expunge.concepts import Concept
-from expunge.configuration import load, parse
-from expunge.errors import UserError
+from expunge.configuration import parse
 from expunge.eval.emoji_vocabulary import Vocabulary
 from expunge.generation import generate
 from expunge.pictures import save_png, to_pil
 from expunge.results import wilson
-from expunge.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "train"
@@ -154,28 +150,14 @@ def main(argv: list[str]) -> None:
 
 def cell(method: str, subject: Subject, seed: int, config: Config, folder: Path) -> dict[str, Any]:
     """One training and its evaluation."""
-    settings = settings_of(method, subject) | {"seed": seed, "output_dir": str(folder)}
-    settings |= {"checkpoint_every": 0, "validation.prompts": ["a key"], "validation.seeds": 1}
-    arguments = ["--config", str(CONFIGS / METHODS[method].config)]
-    for key, value in settings.items():
-        arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    if (folder / "train_result.json").exists():
-        made_with = load(TrainConfig, folder / "config.yaml")
-        require_same(folder, made_with, parse(TrainConfig, arguments))
-    else:
-        arguments += ["--overwrite", "true"] if folder.exists() else []
-        command = [sys.executable, str(ROOT / "train_erase.py"), *arguments]
-        own = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-        done = subprocess.run(command, capture_output=True, text=True, env=own)
-        if done.returncode:
-            raise UserError(f"the training of {folder} failed: {done.stderr.strip()[-300:]}")
-    trained = json.loads((folder / "train_result.json").read_text())
+    settings = settings_of(method, subject) | {"seed": seed}
+    done = trained(CONFIGS / METHODS[method].config, settings, folder, config.threads)
     found = row(
         {"type": "plain"}, folder / "report", config.output_dir / "images", suite="emoji",
         concept=[subject.asked], limit=config.limit, lora=[str(folder)],
     )  # fmt: skip
     return found | {
-        "forwards": sum(trained["unet_forwards"].values()), "seconds": trained["seconds"],
+        "forwards": sum(done["unet_forwards"].values()), "seconds": done["seconds"],
     }  # fmt: skip
 
 
