@@ -40,17 +40,17 @@ def told(outcomes: Mapping[str, Outcome]) -> list[str]:
                 by = f" by {judge}" if judge else ""
                 lines.append(
                     f"{len(failed)} of {len(scores)} pictures of {model} could not be judged{by}; "
-                    f"the intervals cover whatever they show ({_counted(failed)})"
+                    f"the intervals cover whatever they show ({counted(failed)})"
                 )
         for metric, why in outcome.failures.items():
             if why:
                 lines.append(
                     f"{len(why)} pictures of {model} could not be taken into {metric}, which is "
-                    f"measured on the others alone ({_counted(why.values())})"
+                    f"measured on the others alone ({counted(why.values())})"
                 )
     return lines
 
 
-def _counted(failed: Iterable[str]) -> str:
+def counted(failed: Iterable[str]) -> str:
     """Each reason and how often it was, the most frequent first."""
     return "; ".join(f"{count} × {why}" for why, count in Counter(failed).most_common())

@@ -18,8 +18,9 @@ from expunge.errors import UserError
 from expunge.eval.cases import Case, Question
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import PipelineGenerator
-from expunge.eval.judging import AT_ONCE, Look, observe
+from expunge.eval.judging import AT_ONCE, observe
 from expunge.eval.production import to_pixels, to_tensor
+from expunge.eval.reasons import MISSING, reason
 from expunge.eval.store import ImageStore, Pixels
 
 ROUNDS = 4
@@ -46,10 +47,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture, and whether the concept is seen on it; None: it could not be judged."""
+    """A picture, and whether the concept is seen on it; None: it could not be judged, and why."""
 
     picture: str | None
     seen: Answer
+    error: str | None = None
 
 
 @dataclass
@@ -222,6 +224,7 @@ class Arena:
         keys = [self._key(identity, trial, cases[trial.case].seed) for trial in trials]
         wanted = dict(zip(keys, trials, strict=True))
         missing = [(key, trial) for key, trial in wanted.items() if self.store.read(key) is None]
+        failed: dict[str, str] = {}
         for own_noise in (False, True):
             lacking = [(k, trial) for k, trial in missing if (trial.noise is not None) == own_noise]
             for start in range(0, len(lacking), self.batch_size):
@@ -229,7 +232,9 @@ class Arena:
                 seeds = [cases[trial.case].seed for _, trial in part]
                 made = self._sample(generator, [trial for _, trial in part], seeds)
                 for (key, trial), seed, pixels in zip(part, seeds, made, strict=True):
-                    if pixels is not None:
+                    if isinstance(pixels, str):
+                        failed[key] = pixels
+                    else:
                         self.store.write(key, pixels, trial.prompt, seed)
         shots = []
         for start in range(0, len(keys), AT_ONCE):
@@ -238,23 +243,27 @@ class Arena:
             looks = iter(observe([p for p in pictures if p is not None], self.detector))
             for trial, key, picture in zip(trials[start:], judged, pictures, strict=False):
                 (question,) = cases[trial.case].questions
-                seen = (next(looks) if picture is not None else Look(None)).seen
-                answer = None if seen is None else question.answer(seen, self.threshold)
-                shots.append(Shot(None if picture is None else key, answer))
+                if picture is None:
+                    shots.append(Shot(None, None, failed.get(key, MISSING)))
+                    continue
+                look = next(looks)
+                answer = None if look.seen is None else question.answer(look.seen, self.threshold)
+                shots.append(Shot(key, answer, look.error))
         return shots
 
     def _sample(
         self, generator: PipelineGenerator, trials: Sequence[Trial], seeds: Sequence[int]
-    ) -> list[Pixels | None]:
+    ) -> list[Pixels | str]:
+        """Pictures, or why there is none."""
         prompts = [trial.prompt for trial in trials]
         noise = [trial.noise for trial in trials if trial.noise is not None]
         try:
             if noise:
                 return list(to_pixels(self._from_noise(prompts, torch.stack(noise))))
             return list(to_pixels(generator.generate(prompts, seeds)))
-        except FloatingPointError:
+        except FloatingPointError as error:
             if len(trials) == 1:
-                return [None]
+                return [reason(error)]
             pairs = zip(trials, seeds, strict=True)
             return [self._sample(generator, [t], [seed])[0] for t, seed in pairs]
 

@@ -12,6 +12,7 @@ from expunge.eval.attacks import Attack
 from expunge.eval.attacks.arena import Arena
 from expunge.eval.attacks.rates import best_of, results
 from expunge.eval.grid import Cell, Section, contact_sheet
+from expunge.eval.reasons import counted
 from expunge.pictures import save_png
 from expunge.results import provenance, write_json_atomic
 
@@ -58,6 +59,7 @@ def write_report(
             "unet_passes_per_case": round(passes / len(tried)) if tried else 0,
         },
         "findings": attack.findings(arena, rows),
+        "unknown": counted(errors(arena, rows)),
         "detector": settings["detector"],
         "generators": dict(generators),
         "rows": rows,
@@ -90,6 +92,8 @@ def print_table(report: Mapping[str, Any]) -> None:
         f"{report['attacked']} cases attacked: {cost['pictures']} pictures, "
         f"{cost['unet_passes']} UNet passes, {report['provenance']['seconds']:.0f} s"
     )
+    if report["unknown"]:
+        print(f"unknown, and so neither seen nor not: {report['unknown']}")
     if "back after" in report["findings"]:
         print(f"back after {report['findings']['back after']} steps (null: not at all)")
 
@@ -99,6 +103,14 @@ def shown(m: Mapping[str, Any]) -> str:
     if m["value"] is None:
         return "–"
     return f"{100 * m['value']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+
+
+def errors(arena: Arena, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why pictures could not be judged, of all that were made."""
+    shots = [shot.error for shot in (*arena.ceiling, *arena.before)]
+    # Batches of an attack that was begun by an older version say no reason.
+    tried = [trial.get("error") for row in rows for trial in row["trials"]]
+    return [error for error in (*shots, *tried) if error is not None]
 
 
 def _sheet(arena: Arena, report: Mapping[str, Any]) -> Any:

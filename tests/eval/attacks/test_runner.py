@@ -10,6 +10,7 @@ from expunge.errors import UserError
 from expunge.eval.attacks.arena import Trial
 from expunge.eval.attacks.paraphrase import Paraphrase
 from expunge.eval.attacks.rates import results
+from expunge.eval.attacks.report import errors
 from expunge.eval.attacks.runner import FILE, append, attack_all, read_batches
 
 TWO = Paraphrase(queries=2, at_once=1)
@@ -105,6 +106,10 @@ def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -
         True,
         False,
     ]
+    assert [t["error"] for t in (field.attempts[0][0], field.attempts[1][0])] == [
+        "FloatingPointError: NaN",
+        None,
+    ]
 
 
 def test_a_detector_that_fails_is_unknown(arena, quick) -> None:
@@ -122,8 +127,12 @@ def test_a_detector_that_fails_is_unknown(arena, quick) -> None:
                 raise RuntimeError("broken")
             return self.real.observe(images)
 
-    done = attack_all(TWO, arena(detector=Broken()), at_once=8)
+    field = arena(detector=Broken())
+    done = attack_all(TWO, field, at_once=8)
     found = results(done["rows"])
+    tries = sum(len(row["trials"]) for row in done["rows"])
+    assert tries
+    assert errors(field, done["rows"]) == ["RuntimeError: broken"] * tries
     assert (found["pre_asr"].value, found["asr"].value, found["asr"].unknown) == (0.0, None, 2)
     assert json.dumps(done)
 
