@@ -1,6 +1,5 @@
 """UCE and RECE: the linear algebra against the paper's formula, and the LoRA that comes of it."""
 
-import itertools
 import json
 import weakref
 from dataclasses import replace
@@ -17,7 +16,7 @@ from expunge.errors import UserError
 from expunge.train.closed_form.fitter import Edit, Fitter, embeddings
 from expunge.train.config import TrainConfig
 from expunge.train.objectives.rece import Rece, adversarial
-from expunge.train.objectives.uce import Uce, in_company
+from expunge.train.objectives.uce import Uce
 from expunge.train.train_erase import train
 
 D, ROWS, N = 12, 7, 3
@@ -248,8 +247,7 @@ def test_training_solves_it_and_plain_diffusers_reads_it(
         (["--preserve.weight", "1", "--concept.preserve", '["a cat"]'], "closed form"),
         (["--objective.regularisation", "0"], "above 0"),
         (["--objective.tokens", "all"], "last or rest"),
-        (["--objective.neutral_scale", "-1"], "company 0 or more"),
-        (["--objective.company", "-1"], "company 0 or more"),
+        (["--objective.neutral_scale", "-1"], "neutral_scale 0 or more"),
         (["--objective.sentences", "[a drawing]"], "each with one {}"),
     ],
 )
@@ -290,15 +288,12 @@ def test_against_several_targets_as_much_is_held_as_against_one(pipeline) -> Non
     [
         ({"sentences": ["{} in ink style", "flat {}"]}, "a cat face in ink style"),
         ({"neutral_scale": 100.0}, ""),
-        ({"company": 1}, "a cat face and a key"),
     ],
 )
 def test_what_is_held_besides_moves_less(pipeline, holds, prompt) -> None:
-    concept = replace(CONCEPT, preserve=["a cat face", "a key"])
-
     def moved(objective: Uce) -> float:
         p, counts = embeddings(pipeline, prompt, 0, "rest")
-        return float((counts * (p.double() @ objective.fit(pipeline, concept).T.T)).norm())
+        return float((counts * (p.double() @ objective.fit(pipeline, CONCEPT).T.T)).norm())
 
     assert moved(Uce(tokens="rest", **holds)) < 0.5 * moved(Uce(tokens="rest"))
 
@@ -309,24 +304,3 @@ def test_all_sentences_of_a_noun_weigh_as_much_as_the_noun(pipeline) -> None:
     for sentences in (["{}"], ["{}"] * 3):
         found = Uce(tokens="rest", sentences=sentences).fit(pipeline, CONCEPT).T
         torch.testing.assert_close(found, twice)
-
-
-def test_each_noun_is_held_beside_as_many_others_as_are_told_or_all() -> None:
-    nouns = [f"x{i}" for i in range(9)]
-    for k in range(12):
-        pairs = [tuple(pair.split(" and ")) for pair in in_company(nouns, k)]
-        assert len(set(pairs)) == len(pairs) == 9 * min(k, 8)
-        assert all(a != b for a, b in pairs)
-        assert all(sum(a == noun for a, _ in pairs) == min(k, 8) for noun in nouns)
-    assert in_company(["a key"], 4) == in_company([], 4) == []
-
-
-def test_all_company_of_a_noun_weighs_as_much_as_the_noun(pipeline) -> None:
-    concept = replace(CONCEPT, preserve=["a key", "a frog", "a cat face"])
-    found = Uce(tokens="rest", company=2).gather(pipeline, concept).M
-    found = found - Uce(tokens="rest").gather(pipeline, concept).M
-    wanted = torch.zeros_like(found)
-    for one, other in itertools.permutations(concept.preserve, 2):
-        p, counts = embeddings(pipeline, f"{one} and {other}", 0, "rest")
-        wanted += (counts * p.double() / 2).T @ p.double()
-    torch.testing.assert_close(found, wanted)

@@ -29,8 +29,6 @@ class Uce:
             published: no.
         sentences: In which retained nouns are held as well, ``{}`` is their place; all sentences of
             a noun together weigh as much as the noun alone. Published: none.
-        company: Beside how many others each retained noun is held as well ("a key and a frog"), all
-            together as much as the noun alone. Published: none.
         tokens: Of each text `last`, its last token, as published; `rest`, of what is erased that
             and all behind it, of what stays all, the padding as one token.
     """
@@ -41,18 +39,17 @@ class Uce:
     regularisation: float = 0.5
     pairs: bool = False
     sentences: list[str] = field(default_factory=list)
-    company: int = 0
     tokens: Literal["last", "rest"] = "last"
 
     modules: ClassVar[str] = "x-strict"
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        least = min(self.preserve_scale, self.neutral_scale, self.company)
+        least = min(self.preserve_scale, self.neutral_scale)
         if not (self.erase_scale > 0 and least >= 0 and self.regularisation > 0):
             raise ValueError(
-                f"got {self}; allowed: erase_scale and regularisation above 0, preserve_scale, "
-                "neutral_scale and company 0 or more"
+                f"got {self}; allowed: erase_scale and regularisation above 0, preserve_scale and "
+                "neutral_scale 0 or more"
             )
         if not all(sentence.count("{}") == 1 for sentence in self.sentences):
             raise ValueError(f"got sentences {self.sentences}; allowed: texts, each with one {{}}")
@@ -98,16 +95,4 @@ class Uce:
         for sentence in self.sentences:
             for noun in nouns:
                 preserve(sentence.replace("{}", noun), self.preserve_scale / len(self.sentences))
-        pairs = in_company(nouns, self.company)
-        for pair in pairs:
-            preserve(pair, self.preserve_scale * len(nouns) / len(pairs))
         return fitter
-
-
-def in_company(nouns: list[str], k: int) -> list[str]:
-    """Each noun beside k others, or all, evenly spread over the list: "a key and a frog"."""
-    others = len(nouns) - 1
-    steps = [1 + j * others // k for j in range(k)] if k < others else range(1, others + 1)
-    return [
-        f"{a} and {nouns[(i + step) % len(nouns)]}" for step in steps for i, a in enumerate(nouns)
-    ]
