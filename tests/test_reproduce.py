@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import forked
-from expunge.configuration import dump
+from expunge.configuration import dump, load
 from expunge.eval.suite import load_suite
+from expunge.results import sha256_file
+from expunge.train.config import TrainConfig
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
 
@@ -89,6 +91,36 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
         assert done.returncode == 2
         assert said in done.stderr
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+
+
+def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) -> None:
+    done = run(
+        "several.py", "--only", "the three together; one training, balanced", "--seeds", "1",
+        "--limit", "1", "--steps", "1", "--rollouts", "4", "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "reports/the_three_together/0/report.json").read_text())
+    loras = [tmp_path / name / "0" for name in ("a_bomb", "a_cigarette", "a_skull")]
+    hashes = [sha256_file(folder / "pytorch_lora_weights.safetensors") for folder in loras]
+    assert [x["sha256"] for x in report["generators"]["erased"]["adapters"]] == hashes
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("| the three together |") == text.count("| one training, balanced |") == 1
+    cells = json.loads((tmp_path / "table.json").read_text())["cells"]
+    assert sum(map(len, cells["the three together/0"]["seen"].values())) == 1
+    made_of = load(TrainConfig, tmp_path / "one_training_balanced" / "0" / "config.yaml")
+    assert made_of.several.order == "balanced"
+    assert len(made_of.concept.targets) == 3
+
+
+def test_the_gate_and_the_gradient_are_targets_of_one_recipe(tmp_path) -> None:
+    done = run(
+        "gates.py", "--only", "gradient, gate", "--limit", "1", "--steps", "1", "--output_dir",
+        str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| gradient, gate |" in (tmp_path / "table.md").read_text()
+    told = load(TrainConfig, tmp_path / "gradient_gate" / "config.yaml")
+    assert (told.objective.direction, told.objective.density.threshold) == ("gradient", 0.1)
 
 
 def test_the_table_of_attacks_goes_on_where_it_was(tmp_path, lora_of_nothing) -> None:

@@ -1,6 +1,6 @@
 """The density's gate and its gradient as a target, alone and together, on "a bomb".
 
-    python scripts/reproduce/gates.py --output_dir D [--limit 32] [--steps 120]
+    python scripts/reproduce/gates.py --output_dir D [--limit 32] [--steps 120] [--only 'ESD; text']
 
 One recipe (configs/train/emoji_bomb_esd.yaml with a bank of latents), in which only the target
 changes: ESD, and the density's in the direction of its texts or down its gradient; each where p_h
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import row
-from tables import Cells, fill, folder_of, markdown
+from tables import Cells, chosen, fill, folder_of, markdown
 from training import ROOT, trained
 
 from expunge.cli import run
@@ -34,6 +34,7 @@ COLUMNS = ["target_seen", "pair_target_seen", "kept_in_domain", "kept_cross_doma
 @dataclass(frozen=True)
 class Config:
     output_dir: Path
+    only: str = ""
     limit: int = 32
     steps: int = 120
     seed: int = 0
@@ -58,7 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def main(argv: list[str]) -> None:
     config = parse(Config, argv, "gates.py")
     torch.set_num_threads(config.threads)
-    jobs = {name: partial(cell, config, name) for name in ARMS}
+    jobs = {name: partial(cell, config, name) for name in chosen(config.only, ARMS)}
     print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
 
 

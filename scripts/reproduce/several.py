@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from measure import row
-from tables import Cells, fill, folder_of, markdown
+from tables import Cells, chosen, fill, folder_of, markdown
 from training import ROOT, trained
 
 from expunge.cli import run
@@ -29,66 +29,62 @@ from expunge.results import wilson
 
 RECIPE = ROOT / "configs" / "train" / "emoji_bomb_density.yaml"
 TARGETS = ["a bomb", "a cigarette", "a skull"]
-ORDERS = ["random", "joined", "balanced"]
 KEPT = ["kept_in_domain", "kept_cross_domain", "kept_style", "pair_kept"]
+TOGETHER = "the three together"
+# What an adapter is called -> its targets, and whose turn it is.
+ADAPTERS = {target: ([target], "random") for target in TARGETS} | {
+    f"one training, {order}": (TARGETS, order) for order in ("random", "joined", "balanced")
+}
 
 
 @dataclass(frozen=True)
 class Config:
     output_dir: Path
+    only: str = ""
     limit: int = 32
     seeds: int = 3
     steps: int = 30
+    rollouts: int = 84
     threads: int = 1
 
 
 def main(argv: list[str]) -> None:
     config = parse(Config, argv, "several.py")
     torch.set_num_threads(config.threads)
-    adapters = {target: ([target], "random") for target in TARGETS}
-    adapters |= {f"one training, {order}": (TARGETS, order) for order in ORDERS}
-    jobs = {}
-    for seed in range(config.seeds):
-        folders = {name: folder_of(config.output_dir, f"{name}/{seed}") for name in adapters}
-        for name, (targets, order) in adapters.items():
-            make = partial(erase, config, targets, order, seed, folders[name])
-            jobs[f"{name}/{seed}"] = partial(cell, config, f"{name}/{seed}", {folders[name]: make})
-        # The adapters themselves are there by then.
-        alone = {folders[target]: None for target in TARGETS}
-        jobs[f"the three together/{seed}"] = partial(
-            cell, config, f"the three together/{seed}", alone
-        )
+    rows = chosen(config.only, [*ADAPTERS, TOGETHER])
+    jobs = {
+        f"{name}/{seed}": partial(cell, config, name, seed)
+        for seed in range(config.seeds)
+        for name in rows
+    }
     print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
 
 
-def erase(config: Config, targets: list[str], order: str, seed: int, folder: Path) -> None:
-    """One training."""
-    concept = Concept(targets=targets)
+def erased(config: Config, name: str, seed: int) -> Path:
+    """Train an adapter that is not there yet; its folder."""
+    targets, order = ADAPTERS[name]
+    folder = folder_of(config.output_dir, f"{name}/{seed}")
     settings = {
-        "concept.name": concept.name, "concept.targets": targets, "several.order": order,
-        "steps": config.steps, "seed": seed,
+        "concept.name": name, "concept.targets": targets, "several.order": order,
+        "latents.rollouts": config.rollouts, "steps": config.steps, "seed": seed,
     }  # fmt: skip
     trained(RECIPE, settings, folder, config.threads)
+    return folder
 
 
-def cell(config: Config, name: str, adapters: dict[Path, Any]) -> dict[str, Any]:
-    """The suite on what these adapters, made first where need be, are together."""
-    for make in adapters.values():
-        if make is not None:
-            make()
-    report = folder_of(config.output_dir / "reports", name)
+def cell(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """The suite, of all three targets, on one adapter or on three together."""
+    adapters = [erased(config, each, seed) for each in (TARGETS if name == TOGETHER else [name])]
+    report = folder_of(config.output_dir / "reports", f"{name}/{seed}")
     found = row(
         {"type": "plain"}, report, config.output_dir / "images", suite="emoji", concept=TARGETS,
         limit=config.limit, lora=[str(folder) for folder in adapters],
     )  # fmt: skip
-    answers = [
-        (Concept(targets=TARGETS).target_in(case["prompt"]), case["erased"]["answers"])
-        for case in json.loads((report / "scores.json").read_text())["rows"]
-    ]
-    seen = {
-        target: [a["target_seen"] for t, a in answers if t == target and "target_seen" in a]
-        for target in TARGETS
-    }
+    concept, seen = Concept(targets=TARGETS), {target: [] for target in TARGETS}
+    for case in json.loads((report / "scores.json").read_text())["rows"]:
+        if "target_seen" in case["erased"]["answers"]:
+            target = concept.target_in(case["prompt"])
+            seen[target].append(case["erased"]["answers"]["target_seen"])
     return found | {"seen": seen}
 
 
@@ -100,12 +96,7 @@ def table(cells: Cells) -> str:
     rows = []
     for name, runs in groups.items():
         line = [name, str(len(runs))]
-        for target in TARGETS:
-            seen = [answer for x in runs for answer in x["seen"][target]]
-            known = [answer for answer in seen if answer is not None]
-            low, high = wilson(sum(known), len(known))
-            text = f"{100 * sum(known) / len(known):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-            line.append(f"{text} of {len(seen)}")
+        line += [_rate([x for run in runs for x in run["seen"][target]]) for target in TARGETS]
         for metric in KEPT:
             ours, base = (
                 sum((x[kind][metric]["value"] or 0) * x[kind][metric]["n"] for x in runs)
@@ -115,6 +106,15 @@ def table(cells: Cells) -> str:
         rows.append(line)
     header = ["adapter", "runs", *(f"{target} seen" for target in TARGETS)]
     return markdown([*header, "in domain", "cross", "style", "beside it"], rows)
+
+
+def _rate(answers: list[bool | None]) -> str:
+    known = [answer for answer in answers if answer is not None]
+    if not known:
+        return "–"
+    low, high = wilson(sum(known), len(known))
+    text = f"{100 * sum(known) / len(known):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{text} of {len(answers)}"
 
 
 if __name__ == "__main__":
