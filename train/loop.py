@@ -239,7 +239,7 @@ class Trainer:
             with self.networks.averaged(), self.pictures():
                 rates = self.probe()
             cost = {"unet_forwards": sum(progress.forwards.values()), "seconds": progress.seconds}
-            progress.probes[str(progress.step)] = rates | cost
+            progress.probes[str(progress.step)] = rates | cost | {"good": self.probe.good(rates)}
             accelerator.log({f"probe/{k}": v for k, v in rates.items()}, step=progress.step)
             shown = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
             bar.write(f"step {progress.step}: {shown}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Every way to erase, on many concepts of the bundled model, in one table.
 
-    python scripts/reproduce/erasure_table.py --output_dir D [--limit 32] [--only 'UCE; density'] \\
+    python scripts/reproduce/erasure_table.py --output_dir D [--limit 64] [--only 'UCE; density'] \\
         [--concepts 'bomb; ink'] [--seeds 3] [--present true]
 
 Each cell is one training and one `expunge eval` with a common store of pictures; killed, it goes on
@@ -90,7 +90,7 @@ class Config:
     only: str = ""
     concepts: str = ""
     seeds: int = 3
-    limit: int | None = 32
+    limit: int | None = 64
     threads: int = 1
     present: bool = field(default=False, metadata={"help": "only cells that are there already"})
 

@@ -70,6 +70,9 @@ def test_a_training_ends_when_the_probe_is_satisfied(tmp_path) -> None:
     assert list(found["probes"]) == ["0", "2"]
     assert found["probes"]["2"]["target_seen"] in (0, 1)
     assert 0 < found["probes"]["2"]["unet_forwards"] < sum(found["unet_forwards"].values())
+    assert all(look["good"] is True for look in found["probes"].values())
+    plain = run(tmp_path / "plain", start=None, probe=Probe(every=2, limit=1))
+    assert [look["good"] for look in plain["probes"].values()] == [False]
 
 
 def test_a_concept_that_the_suite_does_not_know_is_refused_before_anything(tmp_path) -> None:
