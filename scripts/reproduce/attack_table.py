@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from tables import Cells, chosen, fill, folder_of, markdown, require_same
+from tables import Cells, chosen, fill, folder_of, markdown, percent, require_same
 
 from expunge.cli import run
 from expunge.configuration import parse
@@ -134,13 +134,6 @@ def table(cells: Cells) -> str:
     head = ["method", "base", "pre-ASR", *columns]
     cost_head = ["method", "attack", "n", "attacked", "pictures", "UNet passes", "seconds"]
     return markdown(head, rates) + "\n" + markdown([*cost_head, "ASR after k tries"], costs)
-
-
-def percent(m: dict[str, Any]) -> str:
-    if m["value"] is None:
-        return f"– ({m['unknown']} unknown)"
-    text = f"{100 * m['value']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
-    return f"{text} ({m['unknown']} unknown)" if m["unknown"] else text
 
 
 def asr(found: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import torch
 import yaml
 from measure import row
 from tables import Cells, chosen, fill, folder_of, markdown
-from training import trained
+from training import ROOT, trained
 
 from expunge.backbones import load_pipeline, recommended_guidance
 from expunge.cli import run
@@ -34,7 +34,6 @@ from expunge.generation import generate
 from expunge.pictures import save_png, to_pil
 from expunge.results import wilson
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "train"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import row
-from tables import Cells, chosen, fill, folder_of, markdown
+from tables import Cells, chosen, fill, folder_of, markdown, percent
 from training import ROOT, trained
 
 from expunge.cli import run
@@ -78,10 +78,7 @@ def cell(config: Config, name: str) -> dict[str, Any]:
 def table(cells: Cells) -> str:
     rows = []
     for name, found in cells.items():
-        rates = [found["metrics"][column] for column in COLUMNS]
-        shown = [
-            f"{100 * m['value']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]" for m in rates
-        ]
+        shown = [percent(found["metrics"][column]) for column in COLUMNS]
         rows.append([name, *shown, f"{1000 * found['kid']:.0f}", f"{found['forwards']:,}"])
     return markdown(["target", *COLUMNS, "KID × 10³", "UNet passes"], rows)
 

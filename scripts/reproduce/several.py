@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from measure import row
-from tables import Cells, chosen, fill, folder_of, markdown
+from tables import Cells, chosen, fill, folder_of, markdown, percent
 from training import ROOT, trained
 
 from expunge.cli import run
 from expunge.concepts import Concept
 from expunge.configuration import parse
-from expunge.results import wilson
+from expunge.eval.attacks.rates import rate
 
 RECIPE = ROOT / "configs" / "train" / "emoji_bomb_density.yaml"
 TARGETS = ["a bomb", "a cigarette", "a skull"]
@@ -96,7 +96,9 @@ def table(cells: Cells) -> str:
     rows = []
     for name, runs in groups.items():
         line = [name, str(len(runs))]
-        line += [_rate([x for run in runs for x in run["seen"][target]]) for target in TARGETS]
+        for target in TARGETS:
+            answers = [answer for x in runs for answer in x["seen"][target]]
+            line.append(f"{percent(rate(answers).to_dict())} of {len(answers)}")
         for metric in KEPT:
             ours, base = (
                 sum((x[kind][metric]["value"] or 0) * x[kind][metric]["n"] for x in runs)
@@ -106,15 +108,6 @@ def table(cells: Cells) -> str:
         rows.append(line)
     header = ["adapter", "runs", *(f"{target} seen" for target in TARGETS)]
     return markdown([*header, "in domain", "cross", "style", "beside it"], rows)
-
-
-def _rate(answers: list[bool | None]) -> str:
-    known = [answer for answer in answers if answer is not None]
-    if not known:
-        return "–"
-    low, high = wilson(sum(known), len(known))
-    text = f"{100 * sum(known) / len(known):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{text} of {len(answers)}"
 
 
 if __name__ == "__main__":

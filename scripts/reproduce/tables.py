@@ -83,3 +83,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def shown(m: dict[str, Any]) -> str:
     """A rate with its interval, in per cent."""
     return f"{100 * m['value']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+
+
+def percent(m: dict[str, Any]) -> str:
+    """A rate with its interval, per cent without the sign, and what is unknown."""
+    if m["value"] is None:
+        return f"– ({m['unknown']} unknown)"
+    text = f"{100 * m['value']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+    return f"{text} ({m['unknown']} unknown)" if m["unknown"] else text
