@@ -92,7 +92,7 @@ def _dataset(path: Path, split: str, source: str) -> Table:
     except ImportError:
         raise UserError(
             f"got prompts {path}, which the package datasets reads, and it is not installed; do: "
-            "pip install 'expunge[train]'"
+            "pip install -e '.[train]'"
         ) from None
     name = path.as_posix().removeprefix(HUB)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from expunge.sampling.denoiser_hook import arguments
 from expunge.sampling.graft import graft
 from expunge.sampling.guard_trace import Step, Trace
 from expunge.sampling.safe_scheduler import SafeScheduler, safe_scheduler
+
+LARGEST_ICON = 128  # pixels; the bundled model draws 64
 
 
 class Guard:
@@ -285,7 +288,8 @@ def guard(
         resample: With `strict`, how often to draw again before a picture is withheld.
 
     Raises:
-        UserError: The pipeline cannot be guarded, or the texts do not fit the density.
+        UserError: The pipeline cannot be guarded, the density cannot see its pictures, or the
+            texts do not fit the density.
     """
     from expunge.decoding import Auto, Vae
 
@@ -296,6 +300,7 @@ def guard(
             f"got a {type(pipeline).__name__}; allowed: a diffusers pipeline with a scheduler and "
             "a UNet"
         )
+    require_sight(density, pipeline)
     decode = decode or Vae().build(pipeline)
     worker = Guard(
         density,
@@ -308,6 +313,24 @@ def guard(
     guarded.scheduler = safe_scheduler(pipeline.scheduler, worker)
     guarded._guard, guarded._strict, guarded._resample = worker, strict, resample
     return guarded
+
+
+def require_sight(density: HarmDensity, pipeline: Any) -> None:
+    """Refuse the bundled guide for a model that draws other pictures than icons.
+
+    Raises:
+        UserError: So it is; it would see nothing, and all would be let through.
+    """
+    from expunge.clip import load_clip
+    from expunge.decoding.base import vae_factor
+
+    side = pipeline.unet.config.sample_size
+    side = min(side if isinstance(side, (list, tuple)) else [side]) * vae_factor(pipeline.vae)
+    if side > LARGEST_ICON and load_clip("emoji").sha256 in json.dumps(density.identity()):
+        raise UserError(
+            f"got the emoji guide, which knows icons of 64 pixels, for a model of {side}; allowed: "
+            "a CLIP of such pictures; say clip ViT-B-16/openai (--sampler.density.clip)"
+        )
 
 
 def to_tensor(images: Any, pipeline: Any) -> Tensor:

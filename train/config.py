@@ -78,7 +78,7 @@ class TrainConfig:
     )
     preserve: Preserve = field(default_factory=Preserve)
     start: Annotated[Any, OBJECTIVES] | None = field(
-        default=None, metadata={"help": "a closed form whose edit the training begins with"}
+        default=None, metadata={"help": "uce or rece: a closed form whose edit it begins with"}
     )
     lora: Lora = field(default_factory=Lora)
     steps: int = field(default=200, metadata={"help": "optimiser steps"})

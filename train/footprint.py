@@ -44,7 +44,7 @@ def refuse(config: TrainConfig, device: torch.device, distribution: str = "NO") 
         raise UserError(f"got {got} on {device.type}; allowed: on a CUDA device; say {instead}")
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"got {got} without bitsandbytes; allowed: with it; pip install 'expunge[quant]', or "
+            f"got {got} without bitsandbytes; allowed: with it; pip install -e '.[quant]', or "
             f"say {instead}"
         )
 

@@ -16,7 +16,7 @@ from expunge.results import sha256_file
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_INSTALL = "pip install 'expunge[eval]'"
+_INSTALL = "pip install -e '.[eval]'"
 
 
 def wheel_file(package: str, inside: str) -> Path:

@@ -47,7 +47,7 @@ class OpenInception:
         except ImportError:
             raise UserError(
                 "got features of type inception without torch-fidelity; allowed: an installation "
-                "of it; run pip install 'expunge[eval]'"
+                "of it; run pip install -e '.[eval]'"
             ) from None
         what = "weights of Inception V3"
         file = weights or cached_download(URL_INCEPTION_V3, what)

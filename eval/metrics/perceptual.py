@@ -69,7 +69,7 @@ def load_lpips(net: Net, backbone_weights: Path | None) -> Any:
     except ImportError:
         raise UserError(
             "got metric lpips without the package lpips; allowed: an installation of it; run pip "
-            "install 'expunge[eval]'"
+            "install -e '.[eval]'"
         ) from None
     from torchvision import models
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.decoding import DECODERS
 from expunge.densities import DENSITIES
-from expunge.errors import UserError
 from expunge.sampling.correction import Correction
 from expunge.sampling.samplers.base import Sampler
-
-LARGEST_ICON = 128  # pixels; the bundled model draws 64
 
 
 @dataclass(frozen=True)
@@ -76,19 +72,12 @@ def density_of(config: Any, concept: Concept, pipeline: Any) -> Any:
     """The density for a pipeline's pictures.
 
     Raises:
-        UserError: It sees through the bundled guide, and the model draws other pictures than icons.
+        UserError: It cannot see them, see `expunge.sampling.guard.require_sight`.
     """
-    from expunge.clip import load_clip
-    from expunge.decoding.base import vae_factor
+    from expunge.sampling.guard import require_sight
 
     density = config.build(concept, pipeline.device)
-    side = pipeline.unet.config.sample_size
-    side = min(side if isinstance(side, (list, tuple)) else [side]) * vae_factor(pipeline.vae)
-    if side > LARGEST_ICON and load_clip("emoji").sha256 in json.dumps(density.identity()):
-        raise UserError(
-            f"got the emoji guide, which knows icons of 64 pixels, for a model of {side}; allowed: "
-            "a CLIP of such pictures; say --sampler.density.clip ViT-B-16/openai"
-        )
+    require_sight(density, pipeline)
     return density
 
 

