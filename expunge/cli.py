@@ -71,14 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Command, argv: list[str]) -> int:
     """Call a command and turn how it ended into an exit status.
 
-    0 done; 2 the input is wrong (one line on stderr); 130 interrupted; 1 an internal failure, with
-    its traceback.
+    0 done; 2 the input is wrong (one line on stderr); 130 interrupted; 141 nobody reads the output
+    any more (`| head`); 1 an internal failure, with its traceback.
     """
     # The libraries warn of what expunge checks itself, and errors instead of warning.
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        return command(argv) or 0
+        status = command(argv) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         # Input is the same for all processes of a run; the first one on a machine speaks.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -96,6 +98,8 @@ def run(command: Command, argv: list[str]) -> int:
         print("expunge: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"expunge: error: the disk is full ({error}); free some space", file=sys.stderr)
         elif isinstance(error, FloatingPointError):
@@ -110,6 +114,16 @@ def run(command: Command, argv: list[str]) -> int:
         else:
             traceback.print_exc()
         return 1
+
+
+def _unread() -> bool:
+    """Whether it is our output that nobody reads; Python is then kept from complaining at exit."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def list_tables(argv: list[str]) -> None:

@@ -132,3 +132,18 @@ def test_the_shim_ends_like_the_command_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("expunge: error: got unknown key no_such_key")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_nobody_reads_ends_the_command_without_a_traceback() -> None:
+    command = [sys.executable, "-c", "import sys, expunge.cli as c; sys.exit(c.main(['--help']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        assert (started.wait(), started.stderr.read()) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(argv: list[str]) -> None:
+        raise BrokenPipeError("a worker has gone")
+
+    assert run(command, []) == 1
+    assert "a worker has gone" in capsys.readouterr().err
