@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from tables import markdown
+from tables import markdown, require_same
 
 from expunge import backbones
 from expunge.cli import run
@@ -51,7 +51,11 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(config.threads)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     file = config.output_dir / "coreset.json"
-    found: dict[str, float] = json.loads(file.read_text())["moved"] if file.exists() else {}
+    found: dict[str, float] = {}
+    if file.exists():
+        done = json.loads(file.read_text())
+        require_same(file, done.get("steps"), config.steps)
+        found = done["moved"]
     held_out = HeldOut()
     arms = [("all", 0)] + [(arm, n) for n in config.sizes for arm in ARMS[:2]]
     for seed in range(config.seeds):
@@ -59,7 +63,9 @@ def main(argv: list[str]) -> None:
             name = f"{arm}/{n}/{seed}"
             if name not in found:
                 found[name] = held_out.moved(erased(config, arm, n, seed))
-                write_json_atomic(file, {"moved": found, "provenance": provenance()})
+                write_json_atomic(
+                    file, {"moved": found, "steps": config.steps, "provenance": provenance()}
+                )
     print(table(found, arms, config.seeds))
 
 

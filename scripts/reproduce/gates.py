@@ -43,7 +43,8 @@ class Config:
 
 def density(threshold: float, **settings: Any) -> dict[str, Any]:
     eye = {"type": "clip_text", "threshold": threshold}
-    return {"objective": {"type": "density", "density": eye, **settings}}
+    # ESD is told no pairs either, so that only the target differs.
+    return {"objective": {"type": "density", "density": eye, "pairs": 0.0, **settings}}
 
 
 ARMS: dict[str, dict[str, Any]] = {
