@@ -93,7 +93,7 @@ class Trainer:
         self.parameters = adapters.attach(
             unet, modules, config.lora.rank, config.lora.alpha, config.seed
         )
-        lost = install(edit, unet, edited) if edit is not None else None
+        lost = install(edit, unet, edited, learns=True) if edit is not None else None
         seconds = time.perf_counter() - began if edit is not None else 0.0
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()

@@ -9,11 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expunge import backbones
+from expunge import adapters, backbones
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.train.closed_form.fitter import Edit, Fitter, embeddings
+from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
 from expunge.train.objectives.rece import Rece, adversarial
 from expunge.train.objectives.uce import Uce
@@ -239,6 +240,28 @@ def test_training_solves_it_and_plain_diffusers_reads_it(
     wanted = x @ (weight + edit.delta(weight).float()).T
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (found - x @ weight.T).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("templates", [["{}"], ["{}", "{}", "{} in ink style"]])
+def test_what_a_start_leaves_of_the_rank_can_still_learn(pipeline, templates) -> None:
+    """One template is one direction, and twice the same is no other."""
+    names, rank = backbones.modules_of(pipeline.unet, "x-strict"), 4
+    edit = Uce().fit(pipeline, replace(CONCEPT, templates=templates))
+    adapters.attach(pipeline.unet, names, rank, 2 * rank, seed=0)
+    fresh = adapters.weights(pipeline.unet)
+    needed = len(set(templates))
+    for learns in (False, True):
+        install(edit, pipeline.unet, names, learns=learns)
+        for name in names:
+            layer = pipeline.unet.get_submodule(name)
+            A, B = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
+            wanted = edit.delta(layer.base_layer.weight).float()
+            torch.testing.assert_close(2 * B @ A, wanted, atol=1e-6, rtol=1e-4)
+            if learns:
+                assert torch.equal(A[needed:], fresh[f"{name}.lora_A.weight"][needed:])
+                assert not B[:, needed:].any()
+            else:
+                assert A[needed:].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

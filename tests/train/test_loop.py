@@ -15,6 +15,7 @@ from expunge.configuration import load
 from expunge.densities.clip_text import ClipText
 from expunge.errors import UserError
 from expunge.sampling.load import load_erased
+from expunge.train.closed_form.install import install
 from expunge.train.config import Lora, TrainConfig, Validation
 from expunge.train.latents import Replay, Rollout
 from expunge.train.noised import Noised
@@ -38,6 +39,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def beginning(run: TrainConfig) -> dict[str, torch.Tensor]:
+    """The LoRA before the first step, under the names of its file."""
+    pipeline = backbones.load_pipeline(run.model)
+    modules = backbones.modules_of(pipeline.unet, run.lora.targets or run.objective.modules)
+    if run.start is not None:
+        edit = run.start.fit(pipeline, run.concept)
+        edited = backbones.modules_of(pipeline.unet, run.start.modules)
+    adapters.attach(pipeline.unet, modules, run.lora.rank, run.lora.alpha, run.seed)
+    if run.start is not None:
+        install(edit, pipeline.unet, edited, learns=True)
+    return {f"unet.{k}": v for k, v in adapters.weights(pipeline.unet).items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -91,8 +105,9 @@ def test_a_run_leaves_everything_it_promises(name, shape, request, tmp_path) -> 
     assert "concept-erasure" in card
     assert "a bomb" in card
     assert adapters.read_metadata(out)["concept"]["targets"] == run.concept.targets
-    # Every layer learnt something: a lost gradient would leave its B at zero.
-    assert all(v.any() for k, v in weights(out).items() if "lora_B" in k)
+    # Every direction of every layer learnt something: a lost gradient would leave its B as it was.
+    begun = beginning(run)
+    assert all((v != begun[k]).any(0).all() for k, v in weights(out).items() if "lora_B" in k)
 
 
 def test_every_objective_of_the_table_is_run() -> None:
