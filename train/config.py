@@ -55,6 +55,11 @@ class Validation:
             raise ValueError(
                 f"got {self}; allowed: every 0 or more, seeds 1 or more, steps 1 to 1000"
             )
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got validation.guidance_scale {self.guidance_scale}; allowed: 0 or more and "
+                "finite; leave it out for what suits the model"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,9 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
-        if math.isinf(self.learning_rate):
-            raise ValueError("got learning_rate inf; allowed: a finite one, say 1e-3")
+        for name in ("learning_rate", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"got {name} inf; allowed: a finite one, say 1e-3")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"got seed {self.seed}; allowed: 0 to 2⁶³ − 1")
         if self.warmup and self.lr_scheduler == "constant":

@@ -175,6 +175,7 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
         ({"objective": Ablation()}, "concept.anchor"),
         ({"warmup": 5}, "constant_with_warmup"),
         ({"learning_rate": float("inf")}, "finite"),
+        ({"weight_decay": float("inf")}, "finite"),
         ({"seed": 2**63}, "seed"),
         ({"start": Uce(), "base_precision": "nf4"}, "reads the weights themselves"),
         ({"objective": Uce(), "preserve": Preserve(), "lora": Lora(targets="x")}, "lora.targets"),
@@ -243,14 +244,38 @@ def test_a_sheet_that_fails_does_not_take_the_lora_with_it(tiny_sd1, tmp_path, m
     assert load_erased(tiny_sd1, [str(tmp_path / "out")]).get_active_adapters()
 
 
-@pytest.mark.parametrize("bad", [{"every": -1}, {"seeds": 0}, {"steps": 0}, {"steps": 1001}])
+def test_a_bank_that_is_made_anew_can_balance(tiny_sd1, tmp_path) -> None:
+    for steps, accumulation in ((5, 1), (3, 2)):
+        small_run(
+            tiny_sd1, tmp_path / "out", steps=steps, gradient_accumulation=accumulation,
+            latents=Replay(refresh=4), several=Several(order="balanced"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"every": -1},
+        {"seeds": 0},
+        {"steps": 0},
+        {"steps": 1001},
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("inf")},
+    ],
+)
 def test_senseless_validation(bad) -> None:
-    with pytest.raises(ValueError, match="Validation"):
+    with pytest.raises(ValueError, match=r"Validation|validation"):
         Validation(**bad)
 
 
 def test_one_seed_one_adapter(tiny_sd1, tmp_path) -> None:
     train(small_run(tiny_sd1, tmp_path / "a"))
+@pytest.mark.parametrize("s", [-3.0, 0.0, float("inf")])
+def test_a_gate_that_looks_at_nothing_that_is_drawn(s) -> None:
+    with pytest.raises(ValueError, match=r"gate\.guidance_scale"):
+        Gate(guidance_scale=s)
+
+
     random.seed(5)
     torch.manual_seed(99)
     train(small_run(tiny_sd1, tmp_path / "b"))
