@@ -148,6 +148,14 @@ class TrainConfig:
                 "got several.order balanced with latents that are drawn once, before anything is "
                 "known; allowed: order random; or latents.type replay or rollout"
             )
+        draws = self.steps * self.gradient_accumulation
+        refresh = getattr(self.latents, "refresh", 0)
+        if self.several.order == "balanced" and refresh >= draws:
+            raise ValueError(
+                f"got several.order balanced with latents.refresh {refresh}: the only bank of all "
+                f"{draws} batches is made before anything is known; allowed: order random; or "
+                f"latents.refresh below {draws}, say {max(1, draws // 3)}"
+            )
         if self.base_precision == "fp16" and self.mixed_precision != "fp16":
             raise ValueError(
                 f"got base_precision fp16 with mixed_precision {self.mixed_precision}; allowed: "

@@ -181,6 +181,7 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
         ({"objective": Uce(), "preserve": Preserve(), "lora": Lora(targets="x")}, "lora.targets"),
         ({"latents": Noised(), "several": Several(order="balanced")}, "drawn once"),
         ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
+        ({"latents": Replay(refresh=4), "several": Several(order="balanced")}, "only bank"),
         ({"objective": Twin(), "start": Uce()}, r"latents\.type noised"),
         ({"objective": Twin(), "latents": Noised()}, "start.type uce"),
         ({"objective": Twin(), "latents": Noised(folder="x"), "start": Uce()}, "no twins"),
