@@ -220,6 +220,17 @@ class TrainConfig:
                 "concept's; allowed: one that teaches the concept's; leave out erase_from, subject "
                 "and attributes, or gate and robust"
             )
+        if getattr(self.latents, "unprompted", 0) and not own:
+            raise ValueError(
+                "got latents.unprompted with an objective that teaches another prompt than the "
+                "concept's, which would still be read; allowed: one that teaches the concept's; "
+                "leave out erase_from, subject and attributes, or set unprompted 0"
+            )
+        if getattr(self.latents, "coreset", 0) and not self.preserve.weight:
+            raise ValueError(
+                f"got latents.coreset {self.latents.coreset} with preserve.weight 0, so that there "
+                "is nothing retained to choose from; allowed: coreset 0, or preserve.weight above 0"
+            )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(
                 "got preserve.weight above 0 with an objective in closed form, which has no "

@@ -179,9 +179,10 @@ def test_only_a_training_makes_way_for_a_training(tiny_sd1, tmp_path) -> None:
         ({"seed": 2**63}, "seed"),
         ({"start": Uce(), "base_precision": "nf4"}, "reads the weights themselves"),
         ({"objective": Uce(), "preserve": Preserve(), "lora": Lora(targets="x")}, "lora.targets"),
+        ({"latents": Replay(coreset=4), "preserve": Preserve()}, "nothing retained"),
         ({"latents": Noised(), "several": Several(order="balanced")}, "drawn once"),
-        ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
         ({"latents": Replay(refresh=4), "several": Several(order="balanced")}, "only bank"),
+        ({"objective": Ablation(regularisation=1.0), "concept": ANCHORED}, r"latents\.type noised"),
         ({"objective": Twin(), "start": Uce()}, r"latents\.type noised"),
         ({"objective": Twin(), "latents": Noised()}, "start.type uce"),
         ({"objective": Twin(), "latents": Noised(folder="x"), "start": Uce()}, "no twins"),
@@ -269,14 +270,14 @@ def test_senseless_validation(bad) -> None:
         Validation(**bad)
 
 
-def test_one_seed_one_adapter(tiny_sd1, tmp_path) -> None:
-    train(small_run(tiny_sd1, tmp_path / "a"))
 @pytest.mark.parametrize("s", [-3.0, 0.0, float("inf")])
 def test_a_gate_that_looks_at_nothing_that_is_drawn(s) -> None:
     with pytest.raises(ValueError, match=r"gate\.guidance_scale"):
         Gate(guidance_scale=s)
 
 
+def test_one_seed_one_adapter(tiny_sd1, tmp_path) -> None:
+    train(small_run(tiny_sd1, tmp_path / "a"))
     random.seed(5)
     torch.manual_seed(99)
     train(small_run(tiny_sd1, tmp_path / "b"))

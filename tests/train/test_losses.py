@@ -116,8 +116,13 @@ def test_where_nothing_is_said_there_is_nothing_to_attack(tiny_sd1) -> None:
     assert not any(δ.grad is not None for row in losses.attack.δ for δ in row)
 
 
-@pytest.mark.parametrize("what", [{"gate": Gate()}, {"robust": Robust()}])
-@pytest.mark.parametrize("objective", [Esd(erase_from="a weapon"), Slider(subject="a weapon")])
+@pytest.mark.parametrize(
+    "what", [{"gate": Gate()}, {"robust": Robust()}, {"latents": Noised(unprompted=0.5)}]
+)
+@pytest.mark.parametrize(
+    "objective",
+    [Esd(erase_from="a weapon"), Slider(subject="a weapon"), Slider(attributes=["an old {}"])],
+)
 def test_what_works_on_the_concepts_prompt_needs_it(objective, what) -> None:
     with pytest.raises(ValueError, match="leave out erase_from, subject"):
         TrainConfig(output_dir="x", concept=INK, objective=objective, **what)
