@@ -178,9 +178,9 @@ class Losses:
         # Evenly among the samples of all processes, so that their number changes nothing.
         s, share = self.attack.how.share, self.maker.share
         rows = share.rows(share.count * len(prompts))
-        # Where nothing is said there is nothing to attack.
+        # Where the prompt was left out there is nothing to attack.
         hit = [
-            bool(prompt) and (r + 1) * s + self.offset >= 1 + int(r * s + self.offset)
+            (r + 1) * s + self.offset >= 1 + int(r * s + self.offset) and self.attack.finds(prompt)
             for prompt, r in zip(prompts, rows, strict=True)
         ]
         order = sorted(range(len(prompts)), key=lambda i: not hit[i])
