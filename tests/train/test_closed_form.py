@@ -18,7 +18,9 @@ from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
 from expunge.train.objectives.rece import Rece, adversarial
 from expunge.train.objectives.uce import Uce
+from expunge.train.preserve import Preserve
 from expunge.train.train_erase import train
+from small_runs import small_run
 
 D, ROWS, N = 12, 7, 3
 
@@ -262,6 +264,17 @@ def test_what_a_start_leaves_of_the_rank_can_still_learn(pipeline, templates) ->
                 assert not B[:, needed:].any()
             else:
                 assert A[needed:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("how", ["objective", "start"])
+def test_an_edit_of_nothing_is_refused_before_anything_is_written(tiny_sd1, tmp_path, how) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", **{how: Uce()}, preserve=Preserve(), steps=1)
+    train(run)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    itself = replace(run, concept=replace(run.concept, anchor="a bomb"), overwrite=True)
+    with pytest.raises(UserError, match=r"changes nothing.*concept\.anchor"):
+        train(itself)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(

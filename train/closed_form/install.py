@@ -28,8 +28,13 @@ def install(edit: Edit, unet: Any, names: list[str], *, learns: bool = False) ->
         The largest ‖ΔW − B A‖ / ‖ΔW‖ of any layer.
 
     Raises:
-        UserError: A layer has no LoRA.
+        UserError: A layer has no LoRA, or the edit changes nothing.
     """
+    if not (edit.P.any() and edit.Q.any()):
+        raise UserError(
+            "got a closed form that changes nothing: every target is read as its anchor already; "
+            "allowed: an anchor of another meaning, or none; change concept.anchor"
+        )
     errors = []
     for name in names:
         layer = unet.get_submodule(name)
