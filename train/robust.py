@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ class Robust:
     restart: int = 25
 
     def __post_init__(self) -> None:
-        if not (0 < self.radius <= 10 and self.step > 0 and 0 < self.share <= 1):
+        if not (0 < self.radius <= 10 and 0 < self.step < math.inf and 0 < self.share <= 1):
             raise ValueError(
-                f"got robust {self}; allowed: radius above 0 to 10, step above 0, share above 0 to "
-                "1, restart 1 or more"
+                f"got robust {self}; allowed: radius above 0 to 10, step above 0 and finite, "
+                "share above 0 to 1, restart 1 or more"
             )
         if self.restart < 1:
             raise ValueError(f"got robust.restart {self.restart}; allowed: 1 or more")

@@ -282,6 +282,7 @@ def test_an_edit_of_nothing_is_refused_before_anything_is_written(tiny_sd1, tmp_
     [
         (["--preserve.weight", "1", "--concept.preserve", '["a cat"]'], "closed form"),
         (["--objective.regularisation", "0"], "above 0"),
+        (["--objective.erase_scale", ".inf"], "all finite"),
         (["--objective.tokens", "all"], "last or rest"),
         (["--objective.neutral_scale", "-1"], "neutral_scale 0 or more"),
         (["--objective.sentences", "[a drawing]"], "each with one {}"),

@@ -146,7 +146,14 @@ def test_a_neutral_prompt_in_the_place_of_the_concepts_is_not_attacked(
 
 @pytest.mark.parametrize(
     "bad",
-    [{"radius": 0.0}, {"radius": float("nan")}, {"step": 0.0}, {"share": 2.0}, {"restart": 0}],
+    [
+        {"radius": 0.0},
+        {"radius": float("nan")},
+        {"step": 0.0},
+        {"step": float("inf")},
+        {"share": 2.0},
+        {"restart": 0},
+    ],
 )
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="robust"):
