@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -68,11 +68,11 @@ class _Told(random.Random):
         """Below every share but 0, or above every share but 1."""
         return (0.0, 1 - 2**-53)[self._which(2)]
 
-    def choice(self, seq: Sequence[Any]) -> Any:
+    def choice(self, seq: Any) -> Any:
         """Each of them."""
         return seq[self._which(len(seq))]
 
-    def shuffle(self, x: MutableSequence[Any]) -> None:
+    def shuffle(self, x: MutableSequence[Any], *_: Any) -> None:
         """Into each order."""
         orders = list(permutations(x))
         x[:] = orders[self._which(len(orders))]
