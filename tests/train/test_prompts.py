@@ -60,7 +60,7 @@ def test_a_prompt_whose_end_nobody_reads_is_not_erased(tiny_sd1, tmp_path) -> No
 
 LONG = "a picture of " * 20
 TWELVE = Concept(targets=[f"a {bomb} bomb" for bomb in "abcdefghijkl"], preserve=["a cat face"])
-WIDE = Concept(targets=["a bomb" + " beside" * 18], preserve=["a cat face"])  # 22 tokens of 24
+WIDE = Concept(targets=["a bomb" + " key" * 18], preserve=["a cat face"])  # 22 tokens of 24
 
 
 @pytest.mark.parametrize(
