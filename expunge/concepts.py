@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from expunge.errors import UserError
 
@@ -58,6 +59,16 @@ class Concept:
         """What a target is mapped to."""
         return self.anchors[self.targets.index(target)] if self.anchors else self.anchor
 
+    def joined(self) -> "Concept":
+        """All targets as one, and as its anchor theirs, each once; of one target itself."""
+        if len(self.targets) == 1:
+            return self
+        anchors = dict.fromkeys(filter(None, map(self.anchor_of, self.targets)))
+        return replace(
+            self, targets=[", ".join(self.targets)], anchor=", ".join(anchors), anchors=[],
+            preserve=self.retained(),
+        )  # fmt: skip
+
     def anchored(self, prompt: str) -> str:
         """The prompt with its anchor in the place of every target."""
         return self._replaced(prompt, self.anchor_of)
@@ -79,7 +90,12 @@ class Concept:
 
     def retained(self) -> list[str]:
         """The prompts to preserve, less those that name a target: they cannot be both."""
-        return [prompt for prompt in self.preserve if not self.mentioned_in(prompt)]
+        return list(self._retained)
+
+    @cached_property
+    def _retained(self) -> tuple[str, ...]:
+        # Every draw of a training asks for them, and each is looked through for every target.
+        return tuple(prompt for prompt in self.preserve if not self.mentioned_in(prompt))
 
     def texts(self) -> list[str]:
         """Every text that a model is to read."""

@@ -38,8 +38,13 @@ class StrictLoader(yaml.SafeLoader):
         """Refuse what plain YAML resolves silently: the last of two equal keys wins."""
         seen = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(
+                    f"got a list or a mapping as a key in line {line}; allowed: text; write what "
+                    "is before the colon without brackets"
+                )
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
                 raise UserError(
                     f"got key {key_node.value!r} twice, again in line {line}; "
                     "allowed: each key once; remove one of them"

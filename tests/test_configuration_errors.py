@@ -17,6 +17,8 @@ from expunge.errors import UserError
         (["--lora.rnk", "3"], ["lora.rnk", "allowed in lora: rank, alpha", "mean rank"]),
         (["--objective.negative_guidence", "3"], ["did you mean negative_guidance"]),
         (["--lora", "{rnk: 3}"], ["lora.rnk", "on the command line"]),
+        (["--objective", "{[1, 2]: 3}"], ["a list or a mapping as a key in line 1", "text"]),
+        (["--concept.weights", "{{a: 1}: 2}"], ["a list or a mapping as a key", "brackets"]),
         (["--concept.weights", "{a: x}"], ["'x' for concept.weights.a", "a number"]),
         (["--steps", "many"], ["got 'many' for steps", "an integer"]),
         (["--steps", "1.5"], ["got 1.5", "an integer"]),

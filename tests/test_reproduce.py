@@ -96,7 +96,8 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
 def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) -> None:
     done = run(
         "several.py", "--only", "the three together; one training, balanced", "--seeds", "1",
-        "--limit", "1", "--steps", "1", "--rollouts", "4", "--output_dir", str(tmp_path),
+        "--limit", "1", "--steps", "2", "--refresh", "1", "--rollouts", "4", "--output_dir",
+        str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "reports/the_three_together/0/report.json").read_text())
@@ -110,6 +111,9 @@ def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) ->
     made_of = load(TrainConfig, tmp_path / "one_training_balanced" / "0" / "config.yaml")
     assert made_of.several.order == "balanced"
     assert len(made_of.concept.targets) == 3
+    assert made_of.latents.refresh == 1
+    alone = load(TrainConfig, tmp_path / "a_bomb" / "0" / "config.yaml")
+    assert alone.latents.refresh == 1000
 
 
 def test_the_gate_and_the_gradient_are_targets_of_one_recipe(tmp_path) -> None:

@@ -55,6 +55,11 @@ class Validation:
             raise ValueError(
                 f"got {self}; allowed: every 0 or more, seeds 1 or more, steps 1 to 1000"
             )
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got validation.guidance_scale {self.guidance_scale}; allowed: 0 or more and "
+                "finite; leave it out for what suits the model"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,9 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}; allowed: above 0")
-        if math.isinf(self.learning_rate):
-            raise ValueError("got learning_rate inf; allowed: a finite one, say 1e-3")
+        for name in ("learning_rate", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"got {name} inf; allowed: a finite one, say 1e-3")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"got seed {self.seed}; allowed: 0 to 2⁶³ − 1")
         if self.warmup and self.lr_scheduler == "constant":
@@ -141,6 +147,14 @@ class TrainConfig:
             raise ValueError(
                 "got several.order balanced with latents that are drawn once, before anything is "
                 "known; allowed: order random; or latents.type replay or rollout"
+            )
+        draws = self.steps * self.gradient_accumulation
+        refresh = getattr(self.latents, "refresh", 0)
+        if self.several.order == "balanced" and refresh >= draws:
+            raise ValueError(
+                f"got several.order balanced with latents.refresh {refresh}: the only bank of all "
+                f"{draws} batches is made before anything is known; allowed: order random; or "
+                f"latents.refresh below {draws}, say {max(1, draws // 3)}"
             )
         if self.base_precision == "fp16" and self.mixed_precision != "fp16":
             raise ValueError(
@@ -205,6 +219,17 @@ class TrainConfig:
                 "got gate or robust with an objective that teaches another prompt than the "
                 "concept's; allowed: one that teaches the concept's; leave out erase_from, subject "
                 "and attributes, or gate and robust"
+            )
+        if getattr(self.latents, "unprompted", 0) and not own:
+            raise ValueError(
+                "got latents.unprompted with an objective that teaches another prompt than the "
+                "concept's, which would still be read; allowed: one that teaches the concept's; "
+                "leave out erase_from, subject and attributes, or set unprompted 0"
+            )
+        if getattr(self.latents, "coreset", 0) and not self.preserve.weight:
+            raise ValueError(
+                f"got latents.coreset {self.latents.coreset} with preserve.weight 0, so that there "
+                "is nothing retained to choose from; allowed: coreset 0, or preserve.weight above 0"
             )
         if self.preserve.weight and hasattr(self.objective, "fit"):
             raise ValueError(

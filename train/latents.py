@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -85,6 +86,11 @@ class Rollout:
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= 1000:
             raise ValueError(f"got latents.steps {self.steps}; allowed: 2 to 1000; papers use 50")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got latents.guidance_scale {self.guidance_scale}; allowed: 0 or more and finite; "
+                "papers use 3"
+            )
         if not all(0 < shape <= 100 for shape in self.beta):
             raise ValueError(f"got latents.beta {self.beta}; allowed: above 0, to 100")
 

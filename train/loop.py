@@ -18,6 +18,7 @@ from tqdm import tqdm
 from expunge import adapters, backbones
 from expunge.errors import UserError
 from expunge.train import footprint
+from expunge.train.accelerated import settle
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
@@ -93,7 +94,7 @@ class Trainer:
         self.parameters = adapters.attach(
             unet, modules, config.lora.rank, config.lora.alpha, config.seed
         )
-        lost = install(edit, unet, edited) if edit is not None else None
+        lost = install(edit, unet, edited, learns=True) if edit is not None else None
         seconds = time.perf_counter() - began if edit is not None else 0.0
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -113,9 +114,8 @@ class Trainer:
             self.ema.to(accelerator.device)
         if config.compile:
             footprint.compile_blocks(unet)
-        if accelerator.state.deepspeed_plugin is not None:  # it looks for a data loader otherwise
-            settings = accelerator.state.deepspeed_plugin.deepspeed_config
-            settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        if accelerator.state.deepspeed_plugin is not None:
+            settle(accelerator.state.deepspeed_plugin.deepspeed_config, config)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
         self.share = Share(accelerator.process_index, accelerator.num_processes)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expunge import soft_tokens
 from expunge.conditioning import Conditioning, condition
 from expunge.train.config import TrainConfig
 from expunge.train.footprint import Lender
@@ -18,6 +19,7 @@ from expunge.train.memory import Batch, Request
 from expunge.train.objectives.base import Embedder, mse
 from expunge.train.predictions import Inputs
 from expunge.train.preserve import nearest
+from expunge.train.prompts import prompts_of
 from expunge.train.several import Turns
 
 LASTING = ("teacher", "gate", "noise", "twin")  # of one latent they are always the same
@@ -32,6 +34,9 @@ class Losses:
         pipeline: The model.
         maker: Networks and embeddings.
         latents: Where x_t comes from.
+
+    Raises:
+        UserError: A prompt is too long for a text encoder, or what looks at pictures cannot be had.
     """
 
     def __init__(self, config: TrainConfig, pipeline: Any, maker: Maker, latents: Source) -> None:
@@ -39,6 +44,8 @@ class Losses:
         self.near = self._neighbours()
         joined = getattr(config.objective, "latents_prompt", "single") == "joined"
         self.turns = Turns(config.several, config.concept, whole=joined)
+        # What is cut off at its end may have lost the concept, or what stands beside it.
+        soft_tokens.fits(pipeline, prompts_of(config, self.turns))
         self.attack, self.offset = None, 0.0  # where among the samples the attack begins
         if config.robust is not None:
             self.attack = config.robust.open(pipeline, config.concept, config.seed)
@@ -147,7 +154,7 @@ class Losses:
         texts = {
             "concept": [prompt for _, prompt in erased],
             "null": [concept.neutral] * n,
-            "anchor": [concept.anchored(prompt) for _, prompt in erased],
+            "anchor": [self.turns.anchored(prompt) for _, prompt in erased],
             "made": [made for made, _ in erased],
             "student/retained": [prompt for prompt, _ in retained],
             "teacher/retained": [prompt for _, prompt in retained],
@@ -171,9 +178,9 @@ class Losses:
         # Evenly among the samples of all processes, so that their number changes nothing.
         s, share = self.attack.how.share, self.maker.share
         rows = share.rows(share.count * len(prompts))
-        # Where nothing is said there is nothing to attack.
+        # Where the prompt was left out there is nothing to attack.
         hit = [
-            bool(prompt) and (r + 1) * s + self.offset >= 1 + int(r * s + self.offset)
+            (r + 1) * s + self.offset >= 1 + int(r * s + self.offset) and self.attack.finds(prompt)
             for prompt, r in zip(prompts, rows, strict=True)
         ]
         order = sorted(range(len(prompts)), key=lambda i: not hit[i])

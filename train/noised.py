@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,6 +49,10 @@ class Noised:
     def __post_init__(self) -> None:
         if self.count < 1 or not 1 <= self.steps <= 1000:
             raise ValueError(f"got {self}; allowed: count 1 or more, steps 1 to 1000")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got latents.guidance_scale {self.guidance_scale}; allowed: 0 or more and finite"
+            )
         if not 0 <= self.unprompted <= 1:
             raise ValueError(f"got unprompted {self.unprompted}; allowed: 0 to 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Preserve:
                 f"got preserve {self}; allowed: weight and neighbours >= 0, batch_size >= 1, pairs "
                 "from 0 to 1"
             )
+        if math.isinf(self.weight):
+            raise ValueError("got preserve.weight inf; allowed: a finite one, say 2")
         if not self.templates or not all(t.count("{}") == 1 for t in self.templates):
             raise ValueError(
                 f"got preserve.templates {self.templates}; allowed: one text or more, each with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ class Robust:
     restart: int = 25
 
     def __post_init__(self) -> None:
-        if not (0 < self.radius <= 10 and self.step > 0 and 0 < self.share <= 1):
+        if not (0 < self.radius <= 10 and 0 < self.step < math.inf and 0 < self.share <= 1):
             raise ValueError(
-                f"got robust {self}; allowed: radius above 0 to 10, step above 0, share above 0 to "
-                "1, restart 1 or more"
+                f"got robust {self}; allowed: radius above 0 to 10, step above 0 and finite, "
+                "share above 0 to 1, restart 1 or more"
             )
         if self.restart < 1:
             raise ValueError(f"got robust.restart {self.restart}; allowed: 1 or more")
@@ -53,7 +54,11 @@ class Robust:
         Raises:
             UserError: A text encoder splits a target otherwise in a sentence than alone.
         """
-        return Attack(self, pipeline, concept, seed)
+        attack = Attack(self, pipeline, concept, seed)
+        for prompt in concept.prompts():
+            if not attack.finds(prompt):
+                raise _lost(f"prompt {prompt!r}")
+        return attack
 
 
 class Attack:
@@ -71,6 +76,7 @@ class Attack:
 
         self.how, self.pipeline, self.seed, self.steps = how, pipeline, seed, 0
         pairs = list(soft_tokens.text_encoders(pipeline))
+        self.tokenizers = [tokenizer for tokenizer, _ in pairs]
         self.encoders = [encoder for _, encoder in pairs]
         longest_first = sorted(concept.targets, key=len, reverse=True)
         for encoder in self.encoders:
@@ -85,6 +91,15 @@ class Attack:
         ]
         self.δ: list[list[Tensor]] = []
         self._begin()
+
+    def finds(self, prompt: str) -> bool:
+        """Whether every text encoder reads a target in a prompt, so that it can be attacked."""
+        from expunge import soft_tokens
+
+        return all(
+            _place(soft_tokens.token_ids(self.pipeline, prompt, tokenizer), ids) is not None
+            for tokenizer, ids in zip(self.tokenizers, self.ids, strict=True)
+        )
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """What the UNet is told of these prompts under attack, with gradient to δ.
@@ -166,21 +181,10 @@ class Attack:
 
         moved = []
         for read, e in zip(inputs[0].tolist(), output, strict=True):
-            found = next(
-                (
-                    (start, δ)
-                    for tokens, δ in zip(ids, row, strict=True)
-                    for start in range(1, len(read) - len(tokens) + 1)
-                    if tuple(read[start : start + len(tokens)]) == tokens
-                ),
-                None,
-            )
+            found = _place(read, ids)
             if found is None:
-                raise UserError(
-                    "got a prompt in which the text encoder does not find the target's tokens; "
-                    "allowed with robust: templates that leave the target as it is written"
-                )
-            start, δ = found
+                raise _lost("a prompt")
+            start, δ = found[0], row[found[1]]
             add = torch.nn.functional.pad(δ, (0, 0, start, len(read) - start - len(δ)))
             moved.append(e + add.to(e.dtype))
         return torch.stack(moved)
@@ -196,3 +200,23 @@ class Attack:
             [old.detach().to(δ.device).requires_grad_() for old, δ in zip(olds, row, strict=True)]
             for olds, row in zip(state["δ"], self.δ, strict=True)
         ]
+
+
+def _place(read: list[int], targets: list[tuple[int, ...]]) -> tuple[int, int] | None:
+    """Where in a text's tokens the first target stands that is there, and which it is."""
+    return next(
+        (
+            (start, which)
+            for which, tokens in enumerate(targets)
+            for start in range(1, len(read) - len(tokens) + 1)
+            if tuple(read[start : start + len(tokens)]) == tokens
+        ),
+        None,
+    )
+
+
+def _lost(what: str) -> UserError:
+    return UserError(
+        f"got {what} in which the text encoder does not find the target's tokens; allowed with "
+        "robust: templates that leave the target as it is written; put a space beside it"
+    )

@@ -43,6 +43,7 @@ class Turns:
             also draws one of them at random.
 
     Attributes:
+        joined: The concept of all targets in one prompt.
         first: Target -> mean loss of its first samples.
         now: Target -> its running mean.
         seen: Target -> samples so far.
@@ -52,6 +53,7 @@ class Turns:
 
     def __init__(self, how: Several, concept: Concept, whole: bool = False) -> None:
         self.how, self.concept, self.whole = how, concept, whole
+        self.joined = concept.joined()
         self.first: dict[str, float] = {}
         self.now: dict[str, float] = {}
         self.seen: dict[str, int] = {}
@@ -66,17 +68,25 @@ class Turns:
             else:
                 yield self._pick(rng)
 
+    def concepts(self) -> list[Concept]:
+        """Every concept that can be dealt, once."""
+        targets, order = self.concept.targets, self.how.order
+        if order == "joined":
+            return [self.joined]
+        if len(targets) == 1 or (order == "random" and self.whole):
+            return [self.concept]
+        return [self._alone(target) for target in targets]
+
+    def anchored(self, prompt: str) -> str:
+        """A concept prompt of any turn with what stands in the concept's place."""
+        return (self.joined if self.how.order == "joined" else self.concept).anchored(prompt)
+
     def _pick(self, rng: random.Random) -> Concept:
         targets = self.concept.targets
         if self.how.order == "random" or len(targets) == 1:
             return self.concept
         if self.how.order == "joined":
-            joined, anchors = ", ".join(targets), [self.concept.anchor_of(t) for t in targets]
-            anchor = ", ".join(dict.fromkeys(anchors))
-            return replace(
-                self.concept, targets=[joined], anchor=anchor, anchors=[],
-                preserve=self.concept.retained(),
-            )  # fmt: skip
+            return self.joined
         return self._alone(rng.choices(targets, [self.remaining(t) for t in targets])[0])
 
     def _alone(self, target: str) -> Concept:

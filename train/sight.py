@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -32,6 +33,12 @@ class Gate:
     )
     decoder: Annotated[Any, DECODERS] = field(default_factory=lambda: DECODERS.load("auto")())
     guidance_scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got gate.guidance_scale {self.guidance_scale}; allowed: above 0 and finite"
+            )
 
     def open(self, pipeline: Any, concept: Concept, scheduler: Any) -> Gatekeeper:
         """What decides for a batch.

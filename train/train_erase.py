@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +38,10 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: The model, the folder or the configuration is wrong; nothing was written.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-
     from expunge import adapters
-    from expunge.errors import UserError
     from expunge.results import fresh_output_dir
     from expunge.train import footprint
+    from expunge.train.accelerated import accelerator_of
     from expunge.train.launch import together
 
     folder = Path(config.output_dir)
@@ -55,20 +51,7 @@ def train(config: TrainConfig) -> Path:
     if config.resume and (folder / RESULT).is_file():  # it is written last
         print(f"{folder} is complete; nothing to resume")
         return folder / adapters.FILE
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation,
-            mixed_precision=config.mixed_precision,
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
-            # While one process draws pictures or writes, the others wait: NCCL gives it 10 minutes.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        )
-    except ValueError as error:
-        raise UserError(
-            f"got mixed_precision {config.mixed_precision} ({error}); allowed on this machine: no, "
-            "and bf16 where its processor has it"
-        ) from error
+    accelerator = accelerator_of(config, folder)
     footprint.refuse(config, accelerator.device, accelerator.distributed_type.value)
     with together(accelerator.num_processes):
         _erase(config, accelerator, folder)

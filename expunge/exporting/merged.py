@@ -51,7 +51,8 @@ def write(
     """Copy the base's components, in safetensors only, with W + ΔW in place of W.
 
     The sum is made in float32. Every other tensor keeps its bits, unless another type is asked
-    for; so does the safety checker, if there is one.
+    for; so does the safety checker, if there is one. A base that could be loaded lacks no folder
+    but of what it does without, and of that the copy's index says so.
 
     Args:
         base: The base's folder.
@@ -68,7 +69,9 @@ def write(
         UserError: A component has no safetensors weights, or the UNet not all of the layers.
     """
     index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-    parts = [k for k, v in index.items() if isinstance(v, list) and v[0] is not None]
+    listed = [k for k, v in index.items() if isinstance(v, list) and v[0] is not None]
+    parts = [k for k in listed if (base / k).is_dir()]
+    index |= {k: [None, None] for k in listed if k not in parts}
     if part == "pipeline":
         _write_json(index, folder / INDEX)
         for pattern in _LICENCES:

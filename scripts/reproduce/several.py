@@ -4,8 +4,9 @@
 
 The density on three objects of the bundled model. Rows: each object's own adapter, which was told
 to keep the two others; all three loaded together; one training with all targets, of each
-`several.order`. Columns: each target seen, by the suite's judge, and what is kept of the base.
-Killed, it goes on where it was. Writes D/table.md and D/table.json.
+`several.order`, all with a bank made anew every `--refresh` batches, since `balanced` takes effect
+only then. Columns: each target seen, by the suite's judge, and what is kept of the base. Killed, it
+goes on where it was. Writes D/table.md and D/table.json.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Config:
     seeds: int = 3
     steps: int = 30
     rollouts: int = 84
+    refresh: int = 10
     threads: int = 1
 
 
@@ -68,6 +70,8 @@ def erased(config: Config, name: str, seed: int) -> Path:
         "concept.name": name, "concept.targets": targets, "several.order": order,
         "latents.rollouts": config.rollouts, "steps": config.steps, "seed": seed,
     }  # fmt: skip
+    if len(targets) > 1:
+        settings["latents.refresh"] = config.refresh
     trained(RECIPE, settings, folder, config.threads)
     return folder
 

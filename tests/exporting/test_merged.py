@@ -179,6 +179,22 @@ def test_a_safety_checker_stays_with_the_model(base, make_lora, tmp_path) -> Non
     assert sha256_file(out / name) == sha256_file(tmp_path / "checked" / name)
 
 
+def test_what_a_stripped_base_lists_and_has_not_is_none_in_the_copy(
+    base, make_lora, latents, tmp_path
+) -> None:
+    """Folders of Stable Diffusion 1.x are passed on without their safety checker."""
+    index = json.loads((base / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    out = export(make_lora(str(base)), tmp_path / "out")
+    written = json.loads((out / "model_index.json").read_text())
+    assert written["safety_checker"] == written["feature_extractor"] == [None, None]
+    plain = DiffusionPipeline.from_pretrained(out)
+    assert plain.safety_checker is None
+    assert torch.isfinite(latents(plain)).all()
+
+
 def test_a_base_in_shards(base, make_lora, in_place, latents, tmp_path) -> None:
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     shutil.rmtree(base / "unet")

@@ -9,15 +9,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expunge import backbones
+from expunge import adapters, backbones
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.train.closed_form.fitter import Edit, Fitter, embeddings
+from expunge.train.closed_form.install import install
 from expunge.train.config import TrainConfig
 from expunge.train.objectives.rece import Rece, adversarial
 from expunge.train.objectives.uce import Uce
+from expunge.train.preserve import Preserve
 from expunge.train.train_erase import train
+from small_runs import small_run
 
 D, ROWS, N = 12, 7, 3
 
@@ -241,11 +244,45 @@ def test_training_solves_it_and_plain_diffusers_reads_it(
     assert (found - x @ weight.T).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("templates", [["{}"], ["{}", "{}", "{} in ink style"]])
+def test_what_a_start_leaves_of_the_rank_can_still_learn(pipeline, templates) -> None:
+    """One template is one direction, and twice the same is no other."""
+    names, rank = backbones.modules_of(pipeline.unet, "x-strict"), 4
+    edit = Uce().fit(pipeline, replace(CONCEPT, templates=templates))
+    adapters.attach(pipeline.unet, names, rank, 2 * rank, seed=0)
+    fresh = adapters.weights(pipeline.unet)
+    needed = len(set(templates))
+    for learns in (False, True):
+        install(edit, pipeline.unet, names, learns=learns)
+        for name in names:
+            layer = pipeline.unet.get_submodule(name)
+            A, B = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
+            wanted = edit.delta(layer.base_layer.weight).float()
+            torch.testing.assert_close(2 * B @ A, wanted, atol=1e-6, rtol=1e-4)
+            if learns:
+                assert torch.equal(A[needed:], fresh[f"{name}.lora_A.weight"][needed:])
+                assert not B[:, needed:].any()
+            else:
+                assert A[needed:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("how", ["objective", "start"])
+def test_an_edit_of_nothing_is_refused_before_anything_is_written(tiny_sd1, tmp_path, how) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", **{how: Uce()}, preserve=Preserve(), steps=1)
+    train(run)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    itself = replace(run, concept=replace(run.concept, anchor="a bomb"), overwrite=True)
+    with pytest.raises(UserError, match=r"changes nothing.*concept\.anchor"):
+        train(itself)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--preserve.weight", "1", "--concept.preserve", '["a cat"]'], "closed form"),
         (["--objective.regularisation", "0"], "above 0"),
+        (["--objective.erase_scale", ".inf"], "all finite"),
         (["--objective.tokens", "all"], "last or rest"),
         (["--objective.neutral_scale", "-1"], "neutral_scale 0 or more"),
         (["--objective.sentences", "[a drawing]"], "each with one {}"),

@@ -253,7 +253,16 @@ def test_a_bank_comes_back_from_its_state(tiny_sd1) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rollouts": 0}, {"refresh": 0}, {"steps": 1}, {"coreset": -1}, {"directions": 0}]
+    "bad",
+    [
+        {"rollouts": 0},
+        {"refresh": 0},
+        {"steps": 1},
+        {"coreset": -1},
+        {"directions": 0},
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("inf")},
+    ],
 )
 def test_a_senseless_bank(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):

@@ -21,6 +21,7 @@ from expunge.train.objectives.spm import Spm
 from expunge.train.objectives.uce import Uce
 from expunge.train.predictions import Networks
 from expunge.train.robust import Robust
+from expunge.train.several import Several
 from expunge.train.share import Share
 from expunge.train.sight import Gate
 
@@ -28,7 +29,7 @@ INK = Concept(targets=["a bomb"], templates=["{} in ink style"], anchor="a ballo
 BANK = Replay(steps=2, rollouts=2, source="teacher")
 
 
-def losses_of(folder: str, objective, latents=BANK) -> tuple[Losses, set[str]]:
+def losses_of(folder: str, objective, latents=BANK, **changes) -> tuple[Losses, set[str]]:
     """With a student that is the teacher still, and the prompts that are read."""
     pipeline, read = backbones.load_pipeline(folder), set()
     parameters = adapters.attach(
@@ -41,9 +42,8 @@ def losses_of(folder: str, objective, latents=BANK) -> tuple[Losses, set[str]]:
         return condition(pipeline, prompts)
 
     maker = Maker(networks, embed, "", backbones.latent_shape(pipeline))
-    config = TrainConfig(
-        output_dir="x", concept=INK, objective=objective, latents=latents, batch_size=2
-    )
+    made = {"concept": INK, "objective": objective, "latents": latents, "batch_size": 2}
+    config = TrainConfig(output_dir="x", **made | changes)
     return Losses(config, pipeline, maker, latents.open()), read
 
 
@@ -63,6 +63,14 @@ def test_every_prompt_stands_in_the_sentence_of_the_concepts(tiny_sd1, objective
     losses, read = losses_of(tiny_sd1, objective)
     losses(0)
     assert read == prompts
+
+
+def test_all_targets_in_one_prompt_have_one_anchor(tiny_sd1) -> None:
+    concept = dataclasses.replace(INK, targets=["a bomb", "a dagger"])
+    joined = {"concept": concept, "several": Several(order="joined")}
+    losses, read = losses_of(tiny_sd1, Slider(), **joined)
+    losses(0)
+    assert read == {"a bomb, a dagger in ink style", "a balloon in ink style", ""}
 
 
 @pytest.mark.parametrize("shape", ["tiny_sd1", "tiny_sdxl"])
@@ -116,8 +124,13 @@ def test_where_nothing_is_said_there_is_nothing_to_attack(tiny_sd1) -> None:
     assert not any(δ.grad is not None for row in losses.attack.δ for δ in row)
 
 
-@pytest.mark.parametrize("what", [{"gate": Gate()}, {"robust": Robust()}])
-@pytest.mark.parametrize("objective", [Esd(erase_from="a weapon"), Slider(subject="a weapon")])
+@pytest.mark.parametrize(
+    "what", [{"gate": Gate()}, {"robust": Robust()}, {"latents": Noised(unprompted=0.5)}]
+)
+@pytest.mark.parametrize(
+    "objective",
+    [Esd(erase_from="a weapon"), Slider(subject="a weapon"), Slider(attributes=["an old {}"])],
+)
 def test_what_works_on_the_concepts_prompt_needs_it(objective, what) -> None:
     with pytest.raises(ValueError, match="leave out erase_from, subject"):
         TrainConfig(output_dir="x", concept=INK, objective=objective, **what)

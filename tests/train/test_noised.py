@@ -238,7 +238,17 @@ def test_a_folder_that_cannot_be_used(tmp_path) -> None:
         Noised(folder=str(tmp_path)).open()
 
 
-@pytest.mark.parametrize("bad", [{"count": 0}, {"steps": 0}, {"steps": 2000}, {"unprompted": 1.1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"count": 0},
+        {"steps": 0},
+        {"steps": 2000},
+        {"unprompted": 1.1},
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("inf")},
+    ],
+)
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Noised(**bad)

@@ -86,7 +86,14 @@ def test_the_loss_is_weighted_and_of_each_sample() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"weight": -1}, {"batch_size": 0}, {"pairs": 1.5}, {"templates": []}, {"neighbours": -1}],
+    [
+        {"weight": -1},
+        {"weight": float("inf")},
+        {"batch_size": 0},
+        {"pairs": 1.5},
+        {"templates": []},
+        {"neighbours": -1},
+    ],
 )
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="preserve"):

@@ -1,5 +1,7 @@
 """δ on the concept's tokens: where it acts, how it climbs, where it may not go."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,11 @@ from expunge import backbones, soft_tokens
 from expunge.concepts import Concept
 from expunge.conditioning import condition
 from expunge.errors import UserError
+from expunge.train.noised import Noised
+from expunge.train.preserve import Preserve
 from expunge.train.robust import Robust
+from expunge.train.train_erase import train
+from small_runs import small_run
 
 CONCEPT = Concept(targets=["a bomb", "a key"])
 
@@ -114,9 +120,40 @@ def test_a_prompt_without_the_target_is_refused(pipeline) -> None:
         attack(["a cat face"])
 
 
+def test_a_target_that_a_sentence_splits_otherwise_is_found_before_anything_is_lost(
+    tiny_sd1, tmp_path
+) -> None:
+    run = small_run(tiny_sd1, tmp_path / "out", steps=1)
+    train(run)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    glued = replace(run.concept, templates=["{}", "{}s in a row"])
+    again = replace(run, concept=glued, robust=Robust(), preserve=Preserve(), overwrite=True)
+    with pytest.raises(UserError, match=r"'a bombs in a row'.*robust"):
+        train(again)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("neutral", ["a picture", "no bombshell"])
+def test_a_neutral_prompt_in_the_place_of_the_concepts_is_not_attacked(
+    tiny_sd1, tmp_path, neutral
+) -> None:
+    run = small_run(
+        tiny_sd1, tmp_path / "out", latents=Noised(count=4, steps=2, unprompted=0.5),
+        robust=Robust(share=1.0), preserve=Preserve(), steps=3,
+    )  # fmt: skip
+    assert train(replace(run, concept=replace(run.concept, neutral=neutral))).is_file()
+
+
 @pytest.mark.parametrize(
     "bad",
-    [{"radius": 0.0}, {"radius": float("nan")}, {"step": 0.0}, {"share": 2.0}, {"restart": 0}],
+    [
+        {"radius": 0.0},
+        {"radius": float("nan")},
+        {"step": 0.0},
+        {"step": float("inf")},
+        {"share": 2.0},
+        {"restart": 0},
+    ],
 )
 def test_senseless_settings(bad) -> None:
     with pytest.raises(ValueError, match="robust"):

@@ -46,6 +46,20 @@ def test_joined_is_one_prompt_with_all_of_them() -> None:
     assert joined.anchored("a bomb, a skull, a bomb shelter") == "a balloon, a cat face, a house"
 
 
+@pytest.mark.parametrize(
+    ("anchors", "read"),
+    [
+        ({"anchor": "a balloon"}, "a balloon in ink style"),
+        ({}, "in ink style"),
+        ({"anchors": ["a balloon", "", "a house"]}, "a balloon, a house in ink style"),
+    ],
+)
+def test_joined_is_anchored_once_wherever_it_is_anchored(anchors, read) -> None:
+    turns = Turns(Several(order="joined"), Concept(targets=CONCEPT.targets, **anchors))
+    prompt = "a bomb, a skull, a bomb shelter in ink style"
+    assert turns.anchored(prompt) == dealt(turns)[0].anchored(prompt) == read
+
+
 def test_balanced_is_even_until_something_is_learnt() -> None:
     found = picks(Turns(Several(order="balanced"), CONCEPT))
     assert all(abs(n / 2000 - 1 / 3) < 0.05 for n in found.values())

@@ -131,7 +131,7 @@ class Density:
         """What makes the target of a batch.
 
         Raises:
-            UserError: The density or its CLIP cannot be had.
+            UserError: The density or its CLIP cannot be had, or a text of it is too long.
         """
         return Guide(self, pipeline, concept, maker)
 
@@ -144,6 +144,8 @@ class Guide:
     """ε* of a batch, from the teacher's predictions."""
 
     def __init__(self, how: Density, pipeline: Any, concept: Concept, maker: Maker) -> None:
+        from expunge import soft_tokens
+
         self.how, self.maker = how, maker
         self.density = how.density.build(concept, pipeline.device)
         look = how.decoder.build(pipeline)
@@ -151,6 +153,8 @@ class Guide:
         self.needs = (*self.sight.needs, *(["teacher/anchor"] if how.anchored else []))
         names = self.density.names
         self.texts = list(self.density.texts or [", ".join(concept.targets)] * len(names))
+        if how.direction == "text":
+            soft_tokens.fits(pipeline, self.texts)
 
     def __call__(self, predictions: Mapping[str, Tensor], x_t: Tensor, t: Tensor) -> Tensor:
         """ε*, (B, C, h, w), without gradient."""

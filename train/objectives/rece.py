@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ class Rece(Uce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1 or not self.attack_regularisation > 0:
+        if self.rounds < 1 or not 0 < self.attack_regularisation < math.inf:
             raise ValueError(
-                f"got {self}; allowed: rounds 1 or more, attack_regularisation above 0"
+                f"got {self}; allowed: rounds 1 or more, attack_regularisation above 0 and finite"
             )
 
     def fit(self, pipeline: Any, concept: Concept) -> Edit:

@@ -29,7 +29,8 @@ class Sdd:
     Attributes:
         ema_decay: Decay of that average.
         latents_prompt: Prompt that x_t is made with: `joined` all targets, comma-separated (the
-            published code), `single` the target of the loss (the published text).
+            published code), `single` the target of the loss (the published text). Where targets
+            take turns as `several.order: balanced` says, all of a turn are the one.
         layers: Module group that learns.
     """
 

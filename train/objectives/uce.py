@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -45,11 +46,12 @@ class Uce:
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        least = min(self.preserve_scale, self.neutral_scale)
-        if not (self.erase_scale > 0 and least >= 0 and self.regularisation > 0):
+        above = self.erase_scale, self.regularisation
+        least = self.preserve_scale, self.neutral_scale
+        if not (min(above) > 0 and min(least) >= 0 and max(*above, *least) < math.inf):
             raise ValueError(
                 f"got {self}; allowed: erase_scale and regularisation above 0, preserve_scale and "
-                "neutral_scale 0 or more"
+                "neutral_scale 0 or more, all finite"
             )
         if not all(sentence.count("{}") == 1 for sentence in self.sentences):
             raise ValueError(f"got sentences {self.sentences}; allowed: texts, each with one {{}}")
