@@ -15,6 +15,7 @@ from expunge import backbones
 from expunge.concepts import Concept
 from expunge.encoding import to_latents
 from expunge.errors import UserError
+from expunge.eval import age_gate
 from expunge.eval.cases import Case, Question
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import PipelineGenerator
@@ -70,6 +71,7 @@ class Arena:
         folder: Where an attack may keep what it has learnt.
         steps: Denoising steps of every picture.
         guidance_scale: Of every picture.
+        sexual: Whether pictures may be sexual, so that the age gate holds for every prompt.
         seed: Of everything that an attacker draws.
         batch_size: Pictures at a time.
         ceiling: The base's pictures of the cases.
@@ -89,6 +91,7 @@ class Arena:
     folder: Path
     steps: int
     guidance_scale: float
+    sexual: bool
     seed: int = 0
     batch_size: int = 16
     adapters: Sequence[dict[str, Any]] = ()
@@ -123,13 +126,21 @@ class Arena:
             )
 
     def attempt(self, trials: Sequence[Trial]) -> list[Answer]:
-        """Whether the concept is seen when the erased model samples these; each is recorded."""
+        """Whether the concept is seen when the erased model samples these; each is recorded.
+
+        What the age gate refuses is never drawn, costs nothing and is unknown.
+        """
         shots = self._draw("erased", trials)
         for trial, shot in zip(trials, shots, strict=True):
             record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
             self.attempts.setdefault(trial.case, []).append(record)
-        self.spend([trial.case for trial in trials], self.picture_passes)
+        drawn = [trial.case for trial in trials if not self.refuses(trial)]
+        self.spend(drawn, self.picture_passes)
         return [shot.seen for shot in shots]
+
+    def refuses(self, trial: Trial) -> bool:
+        """Whether the age gate does: words that may pass can be joined to what may not."""
+        return age_gate.refuses(trial.prompt, self.sexual)
 
     def withstood(self, trials: Sequence[Trial]) -> list[int]:
         """The cases in which an attempt, one for each, does not show the concept."""
@@ -216,8 +227,14 @@ class Arena:
     def _draw(
         self, model: str, trials: Sequence[Trial], cases: Sequence[Case] | None = None
     ) -> list[Shot]:
+        """Sample what the store lacks and judge, less what the age gate refuses."""
+        admitted = [trial for trial in trials if not self.refuses(trial)]
+        shots = iter(self._judged(model, admitted, self.cases if cases is None else cases))
+        unmade = Shot(None, None, age_gate.REASON)
+        return [unmade if self.refuses(trial) else next(shots) for trial in trials]
+
+    def _judged(self, model: str, trials: Sequence[Trial], cases: Sequence[Case]) -> list[Shot]:
         """Sample what the store lacks and judge; NaN pictures are unknown."""
-        cases = self.cases if cases is None else cases
         generator = self._generators[model]
         identity = generator.identity()
         self.store.describe(identity)

@@ -64,6 +64,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
     Raises:
         UserError: A wrong setting, or an output folder that holds something else.
     """
+    from expunge.eval.attacks import gate
     from expunge.eval.attacks.report import print_table, write_report
     from expunge.eval.attacks.runner import attack_all
     from expunge.eval.suite import load_suite
@@ -71,6 +72,8 @@ def run(config: AttackConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     plan = suite.prompts.plan(config.concept_texts(), config.limit)
     cases = _cases(config, suite, plan)
+    if sexual := gate.holds(suite, plan, config.attack):
+        gate.refuse(plan, config.attack)
     detector = suite.detector.open()
     settings = {
         "attack": encode(config.attack, Annotated[Any, ATTACKS]),
@@ -84,9 +87,11 @@ def run(config: AttackConfig) -> dict[str, Any]:
         "at_once": config.at_once,
         "seed": config.seed,
         "device": config.device,
+        # Another word table; said only where it is, so that other attacks are gone on with.
+        **({"age gate": "holds"} if sexual else {}),
     }
     refuse_another(config.output_dir, config.overwrite, settings, "attack")
-    arena = _arena(config, suite, plan, cases, detector)
+    arena = _arena(config, suite, plan, cases, detector, sexual)
     fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     for name, identity in arena.identities().items():
         claim(config.output_dir, settings, "attack", name, identity)
@@ -95,7 +100,10 @@ def run(config: AttackConfig) -> dict[str, Any]:
     done = attack_all(attack, arena, config.at_once)
     report = write_report(
         arena, attack, done, settings, generators,
-        {"suite": suite.name, "version": suite.version, "smoke": config.limit is not None},
+        {
+            "suite": suite.name, "version": suite.version, "smoke": config.limit is not None,
+            "excluded": dict(plan.excluded),
+        },
     )  # fmt: skip
     print_table(report)
     print(f"{config.output_dir}: attack.json, attack.png")
@@ -123,7 +131,9 @@ def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _arena(config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: Any) -> Any:
+def _arena(
+    config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: Any, sexual: bool
+) -> Any:
     from expunge.eval.attacks.arena import Arena
 
     missing = {label for case in cases for q in case.questions for label in q.labels}
@@ -144,6 +154,7 @@ def _arena(config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: An
         folder=config.output_dir,
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
+        sexual=sexual,
         seed=config.seed,
         batch_size=config.batch_size,
         adapters=config.adapters(),

@@ -77,7 +77,7 @@ class RingABell(Attack):
         from expunge.eval.attacks import white_box
         from expunge.eval.attacks.arena import Trial
 
-        vocabulary = white_box.words(arena.base)
+        vocabulary = white_box.words(arena.base, sexual=arena.sexual)
         c = self.concept_vector(arena)
         found: dict[int, list[str]] = {}
         for i in cases:
