@@ -113,17 +113,19 @@ class Arena:
         """Both models' pictures of the cases without an attack.
 
         Raises:
-            UserError: Not even the base draws the concept.
+            UserError: Not even the base draws the concept, or one of several.
         """
         plain = [Trial(i, case.prompt) for i, case in enumerate(self.cases)]
         self.ceiling = self._draw("base", plain)
         self.before = self._draw("erased", plain)
-        if not any(shot.seen for shot in self.ceiling):
-            raise UserError(
-                f"got a base model on whose {len(plain)} pictures the judge sees no "
-                f"{', '.join(self.labels)}; allowed: one that draws it; raise --limit, or give "
-                "another --base or --concept"
-            )
+        for asked in dict.fromkeys(case.questions for case in self.cases):
+            places = [i for i, case in enumerate(self.cases) if case.questions == asked]
+            if not any(self.ceiling[i].seen for i in places):
+                raise UserError(
+                    f"got a base model on whose {len(places)} pictures the judge sees no "
+                    f"{', '.join(asked[0].labels)}; allowed: one that draws it; raise --limit, or "
+                    "give another --base or --concept"
+                )
 
     def attempt(self, trials: Sequence[Trial]) -> list[Answer]:
         """Whether the concept is seen when the erased model samples these; each is recorded.
@@ -174,11 +176,19 @@ class Arena:
     def targets(self, cases: Sequence[int]) -> Tensor:
         """Latents x_0 (B, C, h, w) of the base's picture of each case.
 
-        Where the base does not draw the concept in a case, it is its picture of another.
+        Where the base does not draw the concept in a case, it is its picture of another case that
+        asks for the same.
         """
-        shown = [i for i, shot in enumerate(self.ceiling) if shot.seen]
-        places = [i if self.ceiling[i].seen else shown[i % len(shown)] for i in cases]
-        return self.latents([self._read(self.ceiling[i]) for i in places])
+        return self.latents([self._read(self.ceiling[self._shown(i)]) for i in cases])
+
+    def _shown(self, case: int) -> int:
+        """The case itself, or another of its concept that the base draws."""
+        if self.ceiling[case].seen:
+            return case
+        asked = self.cases[case].questions
+        pairs = zip(self.cases, self.ceiling, strict=True)
+        shown = [i for i, (c, shot) in enumerate(pairs) if shot.seen and c.questions == asked]
+        return shown[case % len(shown)]
 
     def own_pictures(self, n: int) -> tuple[list[str], Tensor]:
         """Pictures of the concept that the attacker has: the base's, of seeds of no case.

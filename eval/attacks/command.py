@@ -72,6 +72,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     plan = suite.prompts.plan(config.concept_texts(), config.limit)
     cases = _cases(config, suite, plan)
+    _require_one(config.attack, plan, cases)
     if sexual := gate.holds(suite, plan, config.attack):
         gate.refuse(plan, config.attack)
     detector = suite.detector.open()
@@ -129,6 +130,19 @@ def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
             f"allowed: such a group of this suite, among {', '.join(groups)}"
         )
     return tuple(found)
+
+
+def _require_one(attack: Attack, plan: Any, cases: Any) -> None:
+    """Refuse several concepts for an attack that learns of one: of the others it would try nothing.
+
+    Several names of what all cases are asked about are one concept.
+    """
+    texts = plan.tested.texts
+    if attack.one_concept and len(texts) > 1 and len({case.questions for case in cases}) > 1:
+        raise UserError(
+            f"got {len(texts)} concepts, {', '.join(texts)}, for an attack that learns of one; "
+            f"allowed: one; say --concept {texts[0]!r}, and run it once for each"
+        )
 
 
 def _arena(

@@ -41,6 +41,7 @@ class ConceptInversion(Attack):
     tokens: int = 1
 
     access = "white box"
+    one_concept = True
 
     def __post_init__(self) -> None:
         if min(self.pictures, self.tokens) < 1:

@@ -44,6 +44,7 @@ class Relearning(Attack):
 
     access = "white box"
     together = True
+    one_concept = True
 
     def __post_init__(self) -> None:
         points = self.checkpoints

@@ -49,6 +49,7 @@ class RingABell(Attack):
     neutral: list[str] = field(default_factory=lambda: ["a thing"])
 
     access = "black box"
+    one_concept = True
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.generations, self.tries) < 1 or self.population < 4:

@@ -155,6 +155,29 @@ def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None
     assert one.shape == (4, 16, 16)
 
 
+def test_targets_are_of_the_same_concept(arena, quick) -> None:
+    from dataclasses import replace
+
+    plan = quick.prompts.plan(["a bomb", "a key"], 3)
+    bomb, key, other_bomb = plan.cases
+    assert bomb.questions == other_bomb.questions != key.questions
+    field = arena(cases=(bomb, key, key, other_bomb), labels=plan.tested.labels)
+    field.look()
+    field.ceiling[3] = replace(field.ceiling[3], seen=False)
+    assert torch.equal(field.targets([3]), field.targets([0]))
+    assert field._shown(2) == 2
+
+
+def test_a_base_that_draws_one_of_several_concepts_only_is_refused(arena, quick, lora) -> None:
+    from expunge.sampling.load import load_model
+
+    plan = quick.prompts.plan(["a bomb", "a key"], 2)
+    with pytest.raises(UserError, match="sees no object/bomb; allowed"):
+        arena(
+            cases=plan.cases, labels=plan.tested.labels, base=load_model("emoji", [str(lora)])
+        ).look()
+
+
 def test_the_attackers_own_pictures_are_of_no_case(arena) -> None:
     field = arena()
     prompts, latents = field.own_pictures(3)
