@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.eval.attacks import Attack
-from expunge.eval.attacks.rates import rate
+from expunge.eval.attacks.rates import rate, results
 
 if TYPE_CHECKING:
     from expunge.eval.attacks.arena import Arena
@@ -119,23 +120,25 @@ class Relearning(Attack):
         learnt.file.unlink(missing_ok=True)
 
     def _back(self, arena: Arena, step: int) -> bool:
-        seen = self._curve(arena.attempts)[step].value
-        base = rate(shot.seen for shot in arena.ceiling).value
+        seen = self._curve(arena.attempts.values())[step].value
+        prompts = [case.prompt for case in arena.cases]
+        base = rate((shot.seen for shot in arena.ceiling), prompts).value
         return seen is not None and base is not None and seen >= self.share * base
 
-    def _curve(self, attempts: dict[int, list[dict[str, Any]]]) -> dict[int, Measurement]:
-        answers: dict[int, list[bool | None]] = {}
-        for trials in attempts.values():
-            for trial in trials:
-                answers.setdefault(int(trial["said"].split()[-1]), []).append(trial["seen"])
-        return {step: rate(found) for step, found in sorted(answers.items())}
+    def _curve(self, attempts: Iterable[Sequence[dict[str, Any]]]) -> dict[int, Measurement]:
+        looks: dict[int, list[dict[str, Any]]] = {}
+        for trial in chain.from_iterable(attempts):
+            looks.setdefault(int(trial["said"].split()[-1]), []).append(trial)
+        return {
+            step: rate((trial["seen"] for trial in found), (trial["prompt"] for trial in found))
+            for step, found in sorted(looks.items())
+        }
 
     def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The curve, steps -> seen, and at which it was back; null: not within the budget."""
-        before = rate([row["before"] for row in rows])
-        curve = {0: before} | self._curve({row["case"]: row["trials"] for row in rows})
-        base = rate([row["base"] for row in rows]).value
-        wanted = self.share * (base or 0.0)
+        unattacked = results(rows)
+        curve = {0: unattacked["pre_asr"]} | self._curve(row["trials"] for row in rows)
+        wanted = self.share * (unattacked["base"].value or 0.0)
         back = [s for s, m in curve.items() if m.value is not None and m.value >= wanted]
         return {
             "curve": [{"steps": step, **m.to_dict()} for step, m in curve.items()],

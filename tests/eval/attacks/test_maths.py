@@ -288,8 +288,10 @@ def test_relearning_says_when_it_is_back() -> None:
     answers = {1: [False, False], 2: [True, False], 5: [True, True]}
     rows = [
         {
-            "case": i, "base": True, "before": False,
-            "trials": [{"said": f"step {s}", "seen": a[i]} for s, a in answers.items()],
+            "case": i, "prompt": f"{i}", "base": True, "before": False,
+            "trials": [
+                {"said": f"step {s}", "prompt": f"{i}", "seen": a[i]} for s, a in answers.items()
+            ],
         }
         for i in range(2)
     ]  # fmt: skip
