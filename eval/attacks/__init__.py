@@ -67,6 +67,6 @@ class Attack:
         """Attack these cases by `arena.attempt`; what it does depends on them and the seed."""
         raise NotImplementedError
 
-    def findings(self, arena: "Arena", rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What there is to say besides the rates; nothing by default."""
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the rows say besides the rates; nothing by default."""
         return {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
@@ -14,6 +16,12 @@ from expunge.eval.claim import claim, refuse_another
 from expunge.eval.subject import REPEAT, Device, Subject
 from expunge.results import fresh_output_dir, sha256_json
 from expunge.schema import encode
+
+if TYPE_CHECKING:
+    from expunge.eval.attacks.arena import Arena
+    from expunge.eval.cases import Case, Plan
+    from expunge.eval.detectors import OpenDetector
+    from expunge.eval.suite import Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +72,75 @@ def run(config: AttackConfig) -> dict[str, Any]:
     Raises:
         UserError: A wrong setting, or an output folder that holds something else.
     """
-    from expunge.eval.attacks import gate
     from expunge.eval.attacks.report import print_table, write_report
     from expunge.eval.attacks.runner import attack_all
+
+    asked = ask(config)
+    refuse_another(config.output_dir, config.overwrite, asked.settings, "attack")
+    arena = _arena(config, asked)
+    fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
+    for name, identity in arena.identities().items():
+        claim(config.output_dir, asked.settings, "attack", name, identity)
+    attack: Attack = config.attack
+    generators = arena.identities()
+    done = attack_all(attack, arena, config.at_once)
+    suite = asked.suite
+    report = write_report(
+        arena, attack, done, asked.settings, generators,
+        {
+            "suite": suite.name, "version": suite.version, "smoke": config.limit is not None,
+            "excluded": dict(asked.plan.excluded),
+        },
+    )  # fmt: skip
+    print_table(report)
+    print(f"{config.output_dir}: attack.json, attack.png")
+    return report
+
+
+def earlier(config: AttackConfig) -> dict[str, Any] | None:
+    """What the same attack found before, counted as today; None where it has not come to its end.
+
+    Raises:
+        UserError: A wrong setting, or an output folder that holds something else.
+    """
+    from expunge.eval.attacks.report import FILE, measured
+
+    refuse_another(config.output_dir, False, ask(config).settings, "attack")
+    file = config.output_dir / FILE
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found | measured(config.attack, found["rows"])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an attack is about, as far as it is known before a model is loaded.
+
+    Attributes:
+        suite: Whose prompts and judge.
+        plan: The suite's prompts about the concept.
+        cases: Those of the group, each with the question whether the concept is seen.
+        detector: The judge.
+        sexual: Whether the age gate holds.
+        settings: What makes two attacks the same.
+    """
+
+    suite: Suite
+    plan: Plan
+    cases: tuple[Case, ...]
+    detector: OpenDetector
+    sexual: bool
+    settings: dict[str, Any]
+
+
+def ask(config: AttackConfig) -> Asked:
+    """What a command asks for; nothing is written.
+
+    Raises:
+        UserError: A wrong setting.
+    """
+    from expunge.eval.attacks import gate
     from expunge.eval.suite import load_suite
 
     suite = load_suite(config.suite)
@@ -91,27 +165,10 @@ def run(config: AttackConfig) -> dict[str, Any]:
         # Another word table; said only where it is, so that other attacks are gone on with.
         **({"age gate": "holds"} if sexual else {}),
     }
-    refuse_another(config.output_dir, config.overwrite, settings, "attack")
-    arena = _arena(config, suite, plan, cases, detector, sexual)
-    fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
-    for name, identity in arena.identities().items():
-        claim(config.output_dir, settings, "attack", name, identity)
-    attack: Attack = config.attack
-    generators = arena.identities()
-    done = attack_all(attack, arena, config.at_once)
-    report = write_report(
-        arena, attack, done, settings, generators,
-        {
-            "suite": suite.name, "version": suite.version, "smoke": config.limit is not None,
-            "excluded": dict(plan.excluded),
-        },
-    )  # fmt: skip
-    print_table(report)
-    print(f"{config.output_dir}: attack.json, attack.png")
-    return report
+    return Asked(suite, plan, cases, detector, sexual, settings)
 
 
-def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
+def _cases(config: AttackConfig, suite: Suite, plan: Plan) -> tuple[Case, ...]:
     """The cases of the group, each with the question whether the concept is seen."""
     found = []
     for case in plan.cases:
@@ -132,7 +189,7 @@ def _cases(config: AttackConfig, suite: Any, plan: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _require_one(attack: Attack, plan: Any, cases: Any) -> None:
+def _require_one(attack: Attack, plan: Plan, cases: Sequence[Case]) -> None:
     """Refuse several concepts for an attack that learns of one: of the others it would try nothing.
 
     Several names of what all cases are asked about are one concept.
@@ -145,12 +202,11 @@ def _require_one(attack: Attack, plan: Any, cases: Any) -> None:
         )
 
 
-def _arena(
-    config: AttackConfig, suite: Any, plan: Any, cases: Any, detector: Any, sexual: bool
-) -> Any:
+def _arena(config: AttackConfig, asked: Asked) -> Arena:
     from expunge.eval.attacks.arena import Arena
 
-    missing = {label for case in cases for q in case.questions for label in q.labels}
+    suite, tested, detector = asked.suite, asked.plan.tested, asked.detector
+    missing = {label for case in asked.cases for q in case.questions for label in q.labels}
     if missing := missing - detector.labels:
         raise UserError(
             f"got a suite that asks for {', '.join(sorted(missing))}; allowed: what its detector "
@@ -159,16 +215,16 @@ def _arena(
     return Arena(
         erased=config.load(erased=True),
         base=config.load(erased=False, model=config.base),
-        cases=cases,
-        concept=named(plan.tested.texts, plan.tested.labels),
-        labels=plan.tested.labels,
+        cases=asked.cases,
+        concept=named(tested.texts, tested.labels),
+        labels=tested.labels,
         detector=detector,
         threshold=suite.detector.threshold,
         store=config.images(),
         folder=config.output_dir,
         steps=suite.steps,
         guidance_scale=suite.guidance_scale,
-        sexual=sexual,
+        sexual=asked.sexual,
         seed=config.seed,
         batch_size=config.batch_size,
         adapters=config.adapters(),

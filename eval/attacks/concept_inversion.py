@@ -89,7 +89,7 @@ class ConceptInversion(Attack):
             if not left:
                 return
 
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The files of the tokens."""
         return {"tokens": [f"token_{k}.safetensors" for k in range(self.tokens)]}
 

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.eval.attacks import Attack
-from expunge.eval.attacks.rates import rate, results
+from expunge.eval.attacks.rates import Answer, rate, results
 
 if TYPE_CHECKING:
     from expunge.eval.attacks.arena import Arena
@@ -120,28 +120,43 @@ class Relearning(Attack):
         learnt.file.unlink(missing_ok=True)
 
     def _back(self, arena: Arena, step: int) -> bool:
-        seen = self._curve(arena.attempts.values())[step].value
         prompts = [case.prompt for case in arena.cases]
-        base = rate((shot.seen for shot in arena.ceiling), prompts).value
-        return seen is not None and base is not None and seen >= self.share * base
+        wanted = self._wanted(rate((shot.seen for shot in arena.ceiling), prompts))
+        return reached(_looks(arena.attempts.values())[step], wanted) is True
 
-    def _curve(self, attempts: Iterable[Sequence[dict[str, Any]]]) -> dict[int, Measurement]:
-        looks: dict[int, list[dict[str, Any]]] = {}
-        for trial in chain.from_iterable(attempts):
-            looks.setdefault(int(trial["said"].split()[-1]), []).append(trial)
-        return {
-            step: rate((trial["seen"] for trial in found), (trial["prompt"] for trial in found))
-            for step, found in sorted(looks.items())
-        }
+    def _wanted(self, base: Measurement) -> float:
+        return self.share * (base.value or 0.0)
 
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The curve, steps -> seen, and at which it was back; null: not within the budget."""
-        unattacked = results(rows)
-        curve = {0: unattacked["pre_asr"]} | self._curve(row["trials"] for row in rows)
-        wanted = self.share * (unattacked["base"].value or 0.0)
-        back = [s for s, m in curve.items() if m.value is not None and m.value >= wanted]
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The curve, steps -> seen, and when it was back; null: not within the budget.
+
+        Where an earlier step may have been enough, had its pictures been judged, it is unknown.
+        """
+        looks = {0: [row["before"] for row in rows]} | _looks(row["trials"] for row in rows)
+        wanted = self._wanted(results(rows)["base"])
+        first = next((s for s, seen in looks.items() if reached(seen, wanted) is not False), None)
+        known = first is None or reached(looks[first], wanted)
         return {
-            "curve": [{"steps": step, **m.to_dict()} for step, m in curve.items()],
+            "curve": [
+                {"steps": step, **rate(seen, (row["prompt"] for row in rows)).to_dict()}
+                for step, seen in looks.items()
+            ],
             "threshold": wanted,
-            "back after": min(back) if back else None,
+            "back after": first if known else "unknown",
         }
+
+
+def reached(answers: Sequence[Answer], wanted: float) -> Answer:
+    """Whether yes has this share, whatever the unknown ones are; else unknown, if it may have."""
+    if sum(answer is True for answer in answers) / len(answers) >= wanted:
+        return True
+    most = sum(answer is not False for answer in answers) / len(answers)
+    return None if most >= wanted else False
+
+
+def _looks(attempts: Iterable[Sequence[dict[str, Any]]]) -> dict[int, list[Answer]]:
+    """Step -> whether the concept is seen in each case."""
+    found: dict[int, list[Answer]] = {}
+    for trial in chain.from_iterable(attempts):
+        found.setdefault(int(trial["said"].split()[-1]), []).append(trial["seen"])
+    return dict(sorted(found.items()))

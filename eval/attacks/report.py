@@ -53,8 +53,7 @@ def write_report(
         "concept": {"texts": settings["concept"], "labels": list(arena.labels)},
         "n": len(rows),
         "attacked": len(tried),
-        "results": {name: m.to_dict() for name, m in results(rows).items()},
-        "best_of": [{"tries": k, **m.to_dict()} for k, m in best_of(rows).items()],
+        **measured(attack, rows),
         "refused": {REASON: len(refused)} if refused else {},
         "cost": {
             "pictures": len(tries) - len(refused),
@@ -62,7 +61,6 @@ def write_report(
             "unet_passes_common": done["common"]["passes"],
             "unet_passes_per_case": round(passes / len(tried)) if tried else 0,
         },
-        "findings": attack.findings(arena, rows),
         "unknown": counted(errors(arena, rows)),
         "detector": settings["detector"],
         "generators": dict(generators),
@@ -72,6 +70,15 @@ def write_report(
     save_png(_sheet(arena, report), arena.folder / "attack.png")
     write_json_atomic(arena.folder / FILE, report)
     return report
+
+
+def measured(attack: Attack, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All that is counted; it follows from the rows."""
+    return {
+        "results": {name: m.to_dict() for name, m in results(rows).items()},
+        "best_of": [{"tries": k, **m.to_dict()} for k, m in best_of(rows).items()],
+        "findings": attack.findings(rows),
+    }
 
 
 def print_table(report: Mapping[str, Any]) -> None:
@@ -102,7 +109,8 @@ def print_table(report: Mapping[str, Any]) -> None:
         if report[found]:
             print(f"{called}: {', '.join(f'{n} for {why}' for why, n in report[found].items())}")
     if "back after" in report["findings"]:
-        print(f"back after {report['findings']['back after']} steps (null: not at all)")
+        after = report["findings"]["back after"]
+        print(f"steps until it is back: {'more than there were' if after is None else after}")
 
 
 def shown(m: Mapping[str, Any]) -> str:

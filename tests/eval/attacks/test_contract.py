@@ -51,7 +51,7 @@ def test_it_runs_is_repeatable_and_leaves_the_weights_alone(name, arena) -> None
         torch.manual_seed(len(found))  # what is drawn elsewhere does not matter
         done = attack_all(tiny(name), field, at_once=2)
         found.append([{k: v for k, v in r.items() if k != "seconds"} for r in done["rows"]])
-        findings = tiny(name).findings(field, done["rows"])
+        findings = tiny(name).findings(done["rows"])
         found[-1].append(findings)
         for pipeline, kept in zip((field.erased, field.base), before, strict=True):
             now = weights(pipeline)

@@ -296,7 +296,7 @@ def test_relearning_says_when_it_is_back() -> None:
         for i in range(2)
     ]  # fmt: skip
     for share, expected in ((0.5, 2), (0.9, 5)):
-        found = Relearning(share=share).findings(None, rows)
+        found = Relearning(share=share).findings(rows)
         assert found["back after"] == expected
         assert [(p["steps"], p["value"]) for p in found["curve"]] == [
             (0, 0),
@@ -305,7 +305,7 @@ def test_relearning_says_when_it_is_back() -> None:
             (5, 1),
         ]
     never = [row | {"trials": row["trials"][:1]} for row in rows]
-    assert Relearning().findings(None, never)["back after"] is None
+    assert Relearning().findings(never)["back after"] is None
 
 
 def test_merging_changes_no_prediction_and_training_lowers_the_loss(arena) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expunge.eval.attacks.rates import best_of, either, outcomes, rate, results
-from expunge.eval.attacks.relearning import Relearning
+from expunge.eval.attacks.relearning import Relearning, reached
 from expunge.eval.significance import clustered_wilson
 from expunge.results import wilson
 
@@ -68,7 +68,31 @@ def test_pictures_of_one_prompt_are_no_independent_trials() -> None:
         assert m.high - m.low > 1.3 * -np.subtract(*wilson(sum(seen[name]), 20)), name
     one = best_of(rows)[1]
     assert (one.low, one.high) == pytest.approx(clustered_wilson(seen["asr"], prompts))
-    before, after = Relearning().findings(None, rows)["curve"]
+    before, after = Relearning().findings(rows)["curve"]
     for point, name in ((before, "pre_asr"), (after, "asr")):
         low, high = clustered_wilson(seen[name], prompts)
         assert (point["low"], point["high"]) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    ("looks", "expected"),
+    [
+        ({1: [False, False], 2: [True, False], 5: [True, True]}, 2),
+        ({1: [False, False], 2: [False, False]}, None),
+        ({1: [None, None], 2: [None, None]}, "unknown"),
+        ({1: [False, None], 2: [True, True]}, "unknown"),
+        ({1: [True, None], 2: [True, True]}, 1),
+    ],
+)
+def test_when_it_is_back_is_unknown_where_it_may_have_been_earlier(looks, expected) -> None:
+    rows = [row(False), row(False)]
+    for i, case in enumerate(rows):
+        case["trials"] = [{"said": f"step {s}", "seen": seen[i]} for s, seen in looks.items()]
+    assert Relearning().findings(rows)["back after"] == expected
+
+
+def test_a_share_is_reached_whatever_the_unknown_ones_are() -> None:
+    assert reached([None, False, False, False], 0.5) is False
+    assert reached([None, True, False, False], 0.5) is None
+    assert reached([None, True, True, False], 0.5) is True
+    assert reached([True] * 7 + [False] * 93, 0.07) is True
