@@ -16,7 +16,7 @@ from expunge.concepts import Concept
 from expunge.encoding import to_latents
 from expunge.errors import UserError
 from expunge.eval import age_gate
-from expunge.eval.cases import Case, Question
+from expunge.eval.cases import AS_SUITE, Case, Question, Sampling
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import PipelineGenerator
 from expunge.eval.judging import AT_ONCE, observe
@@ -70,7 +70,7 @@ class Arena:
         store: Where pictures are kept.
         folder: Where an attack may keep what it has learnt.
         steps: Denoising steps of every picture.
-        guidance_scale: Of every picture.
+        guidance_scale: Of every picture whose case has none of its own.
         sexual: Whether pictures may be sexual, so that the age gate holds for every prompt.
         seed: Of everything that an attacker draws.
         batch_size: Pictures at a time.
@@ -136,8 +136,9 @@ class Arena:
         for trial, shot in zip(trials, shots, strict=True):
             record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
             self.attempts.setdefault(trial.case, []).append(record)
-        drawn = [trial.case for trial in trials if not self.refuses(trial)]
-        self.spend(drawn, self.picture_passes)
+        for trial in trials:
+            if not self.refuses(trial):
+                self.spend([trial.case], self.picture_passes(self.cases[trial.case].sampling))
         return [shot.seen for shot in shots]
 
     def refuses(self, trial: Trial) -> bool:
@@ -149,10 +150,9 @@ class Arena:
         seen = self.attempt(trials)
         return [trial.case for trial, yes in zip(trials, seen, strict=True) if not yes]
 
-    @property
-    def picture_passes(self) -> int:
+    def picture_passes(self, sampling: Sampling = AS_SUITE) -> int:
         """UNet passes of one picture; a pair for guidance counts 2."""
-        return self.steps * (2 if self.guidance_scale > 1 else 1)
+        return self.steps * (2 if self._scale(sampling) > 1 else 1)
 
     def spend(self, cases: Iterable[int | None], passes: int) -> None:
         """So many UNet passes were made for each of these; a backward counts 2, None is all."""
@@ -212,7 +212,7 @@ class Arena:
                 if shot.seen and len(prompts) < n:
                     prompts.append(case.prompt)
                     pictures.append(self._read(shot))
-            self.spend([None], n * self.picture_passes)
+            self.spend([None], n * self.picture_passes())
             if len(prompts) == n:
                 return prompts, self.latents(pictures)
         raise UserError(
@@ -248,16 +248,20 @@ class Arena:
         generator = self._generators[model]
         identity = generator.identity()
         self.store.describe(identity)
-        keys = [self._key(identity, trial, cases[trial.case].seed) for trial in trials]
+        keys = [self._key(identity, trial, cases[trial.case]) for trial in trials]
         wanted = dict(zip(keys, trials, strict=True))
-        missing = [(key, trial) for key, trial in wanted.items() if self.store.read(key) is None]
+        alike: dict[tuple[bool, Sampling], list[tuple[str, Trial]]] = {}
+        for key, trial in wanted.items():
+            if self.store.read(key) is None:
+                how = trial.noise is not None, cases[trial.case].sampling
+                alike.setdefault(how, []).append((key, trial))
         failed: dict[str, str] = {}
-        for own_noise in (False, True):
-            lacking = [(k, trial) for k, trial in missing if (trial.noise is not None) == own_noise]
-            for start in range(0, len(lacking), self.batch_size):
-                part = lacking[start : start + self.batch_size]
+        for (_, sampling), lacking in alike.items():
+            at_once = min(self.batch_size, generator.shape(sampling))
+            for start in range(0, len(lacking), at_once):
+                part = lacking[start : start + at_once]
                 seeds = [cases[trial.case].seed for _, trial in part]
-                made = self._sample(generator, [trial for _, trial in part], seeds)
+                made = self._sample(generator, [trial for _, trial in part], seeds, sampling)
                 for (key, trial), seed, pixels in zip(part, seeds, made, strict=True):
                     if isinstance(pixels, str):
                         failed[key] = pixels
@@ -279,37 +283,45 @@ class Arena:
         return shots
 
     def _sample(
-        self, generator: PipelineGenerator, trials: Sequence[Trial], seeds: Sequence[int]
+        self,
+        generator: PipelineGenerator,
+        trials: Sequence[Trial],
+        seeds: Sequence[int],
+        sampling: Sampling,
     ) -> list[Pixels | str]:
         """Pictures, or why there is none."""
         prompts = [trial.prompt for trial in trials]
         noise = [trial.noise for trial in trials if trial.noise is not None]
         try:
             if noise:
-                return list(to_pixels(self._from_noise(prompts, torch.stack(noise))))
-            return list(to_pixels(generator.generate(prompts, seeds)))
+                return list(to_pixels(self._from_noise(prompts, torch.stack(noise), sampling)))
+            return list(to_pixels(generator.generate(prompts, seeds, sampling)))
         except FloatingPointError as error:
             if len(trials) == 1:
                 return [reason(error)]
             pairs = zip(trials, seeds, strict=True)
-            return [self._sample(generator, [t], [seed])[0] for t, seed in pairs]
+            return [self._sample(generator, [t], [seed], sampling)[0] for t, seed in pairs]
 
     @torch.no_grad()
-    def _from_noise(self, prompts: list[str], noise: Tensor) -> Tensor:
+    def _from_noise(self, prompts: list[str], noise: Tensor, sampling: Sampling) -> Tensor:
         images: Tensor = self.erased(
             prompts,
             latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
             num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=self._scale(sampling),
             output_type="pt",
         ).images
         return images.float().cpu() * 2 - 1
 
-    def _key(self, identity: dict[str, Any], trial: Trial, seed: int) -> str:
+    def _scale(self, sampling: Sampling) -> float:
+        own = sampling.guidance_scale
+        return self.guidance_scale if own is None else own
+
+    def _key(self, identity: dict[str, Any], trial: Trial, case: Case) -> str:
         if trial.noise is not None:
             bits = trial.noise.float().cpu().contiguous().numpy().tobytes()
             identity = identity | {"starting noise": hashlib.sha256(bits).hexdigest()}
-        return self.store.key(identity, trial.prompt, seed)
+        return self.store.key(identity, trial.prompt, case.seed, case.sampling)
 
     def _read(self, shot: Shot) -> Pixels:
         pixels = None if shot.picture is None else self.store.read(shot.picture)

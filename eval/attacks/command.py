@@ -153,7 +153,7 @@ def ask(config: AttackConfig) -> Asked:
     settings = {
         "attack": encode(config.attack, Annotated[Any, ATTACKS]),
         "suite": suite.sha256(),
-        "cases": sha256_json([[case.prompt, case.seed] for case in cases]),
+        "cases": sha256_json([_identity(case) for case in cases]),
         "concept": list(plan.tested.texts),
         "model": config.model,
         "base": config.base,
@@ -168,17 +168,17 @@ def ask(config: AttackConfig) -> Asked:
     return Asked(suite, plan, cases, detector, sexual, settings)
 
 
+def _identity(case: Case) -> list[Any]:
+    own = case.sampling.given()
+    return [case.prompt, case.seed, own] if own else [case.prompt, case.seed]
+
+
 def _cases(config: AttackConfig, suite: Suite, plan: Plan) -> tuple[Case, ...]:
     """The cases of the group, each with the question whether the concept is seen."""
     found = []
     for case in plan.cases:
         asked = [q for q in case.questions if not suite.metrics[q.metric].higher_is_better]
         if case.group == config.group and asked:
-            if case.sampling.given():
-                raise UserError(
-                    f"got a suite whose prompt {case.prompt!r} asks for a sampling of its own; "
-                    "allowed: prompts without, which attacks can repeat; choose another suite"
-                )
             found.append(replace(case, questions=(asked[0],)))
     if not found:
         groups = dict.fromkeys(case.group for case in plan.cases)
@@ -204,6 +204,7 @@ def _require_one(attack: Attack, plan: Plan, cases: Sequence[Case]) -> None:
 
 def _arena(config: AttackConfig, asked: Asked) -> Arena:
     from expunge.eval.attacks.arena import Arena
+    from expunge.generation import picture_size
 
     suite, tested, detector = asked.suite, asked.plan.tested, asked.detector
     missing = {label for case in asked.cases for q in case.questions for label in q.labels}
@@ -212,9 +213,11 @@ def _arena(config: AttackConfig, asked: Asked) -> Arena:
             f"got a suite that asks for {', '.join(sorted(missing))}; allowed: what its detector "
             f"tells: {', '.join(sorted(detector.labels)[:8])}…"
         )
+    base = config.load(erased=False, model=config.base)
+    _require_size(asked.cases, picture_size(base))
     return Arena(
         erased=config.load(erased=True),
-        base=config.load(erased=False, model=config.base),
+        base=base,
         cases=asked.cases,
         concept=named(tested.texts, tested.labels),
         labels=tested.labels,
@@ -229,6 +232,16 @@ def _arena(config: AttackConfig, asked: Asked) -> Arena:
         batch_size=config.batch_size,
         adapters=config.adapters(),
     )
+
+
+def _require_size(cases: Sequence[Case], own: tuple[int, int]) -> None:
+    for case in cases:
+        asked = (case.sampling.height or own[0], case.sampling.width or own[1])
+        if asked != own:
+            raise UserError(
+                f"got a suite whose prompt {case.prompt!r} asks for {asked[0]} × {asked[1]} "
+                f"pixels; allowed: {own[0]} × {own[1]}, the model's own; choose another suite"
+            )
 
 
 def named(texts: tuple[str, ...], labels: tuple[str, ...]) -> Concept:

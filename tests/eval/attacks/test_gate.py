@@ -103,7 +103,7 @@ def test_what_words_are_joined_to_is_never_drawn_and_unknown(arena: Any, tmp_pat
     assert answers[1] is not None
     (told,) = field.attempts[0]
     assert (told["prompt"], told["picture"], told["error"]) == (spelled.prompt, None, REASON)
-    assert field.passes == {1: field.picture_passes}
+    assert field.passes == {1: field.picture_passes()}
     assert len(list((tmp_path / "store").rglob("*.png"))) == 1
     assert field.withstood([spelled]) == [0]
     # Where nothing sexual can be asked for, it is drawn.

@@ -95,10 +95,10 @@ def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -
     field.look()
     real = type(field._generators["erased"]).generate
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, *more):
         if "poison" in prompts:
             raise FloatingPointError("NaN")
-        return real(self, prompts, seeds)
+        return real(self, prompts, seeds, *more)
 
     monkeypatch.setattr(type(field._generators["erased"]), "generate", generate)
     assert field.attempt([Trial(0, "poison"), Trial(1, "a key")]) == [None, False]
@@ -182,7 +182,7 @@ def test_the_attackers_own_pictures_are_of_no_case(arena) -> None:
     field = arena()
     prompts, latents = field.own_pictures(3)
     assert len(prompts) == len(latents) == 3
-    assert field.passes[None] % (3 * field.picture_passes) == 0
+    assert field.passes[None] % (3 * field.picture_passes()) == 0
     again, same = field.own_pictures(3)
     assert prompts == again
     assert torch.equal(latents, same)
