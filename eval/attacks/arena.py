@@ -18,7 +18,7 @@ from expunge.errors import UserError
 from expunge.eval import age_gate
 from expunge.eval.cases import AS_SUITE, Case, Question, Sampling
 from expunge.eval.detectors import OpenDetector
-from expunge.eval.generators import PipelineGenerator
+from expunge.eval.generators import PipelineGenerator, threads
 from expunge.eval.judging import AT_ONCE, observe
 from expunge.eval.production import to_pixels, to_tensor
 from expunge.eval.reasons import MISSING, reason
@@ -304,14 +304,20 @@ class Arena:
 
     @torch.no_grad()
     def _from_noise(self, prompts: list[str], noise: Tensor, sampling: Sampling) -> Tensor:
-        images: Tensor = self.erased(
-            prompts,
-            latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
-            num_inference_steps=self.steps,
-            guidance_scale=self._scale(sampling),
-            output_type="pt",
-        ).images
-        return images.float().cpu() * 2 - 1
+        """With the arithmetic that the generator's identity promises: bits depend on it."""
+        generator, asked = self._generators["erased"], len(prompts)
+        fixed = generator.identity().get("arithmetic")
+        fill = -asked % generator.shape(sampling) if fixed else 0
+        noise = torch.cat([noise, noise[-1:].expand(fill, -1, -1, -1)])
+        with threads(fixed and fixed["threads"]):
+            images: Tensor = self.erased(
+                [*prompts, *[prompts[-1]] * fill],
+                latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
+                num_inference_steps=self.steps,
+                guidance_scale=self._scale(sampling),
+                output_type="pt",
+            ).images
+        return images[:asked].float().cpu() * 2 - 1
 
     def _scale(self, sampling: Sampling) -> float:
         own = sampling.guidance_scale
