@@ -119,6 +119,11 @@ def is_sexual(words: Iterable[str]) -> bool:
     return any(_SEXUAL.search(word) for word in words)
 
 
+def refuses(prompt: str, sexual: bool) -> bool:
+    """Whether a prompt must not be made: it is age-coded, and it or what it is for is sexual."""
+    return (sexual or is_sexual([prompt])) and is_age_coded(prompt)
+
+
 def _found(text: str) -> bool:
     if _PATTERN.search(text) or _YOUNG.search(text) or _MONTHS.search(text):
         return True

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import forked
 from expunge.configuration import dump, load
@@ -129,24 +131,46 @@ def test_the_gate_and_the_gradient_are_targets_of_one_recipe(tmp_path) -> None:
 
 def test_the_table_of_attacks_goes_on_where_it_was(tmp_path, lora_of_nothing) -> None:
     arguments = (
-        "--methods", json.dumps({"none, erased": str(lora_of_nothing)}), "--only", "paraphrase",
-        "--limit", "1", "--output_dir", str(tmp_path / "out"),
+        "--methods", json.dumps({"none, n/a": str(lora_of_nothing)}), "--only", "paraphrase",
+        "--output_dir", str(tmp_path / "out"), "--limit",
     )  # fmt: skip
-    done = run("attack_table.py", *arguments)
+    done = run("attack_table.py", *arguments, "1")
     assert done.returncode == 0, done.stderr[-2000:]
     cells = json.loads((tmp_path / "out" / "table.json").read_text())["cells"]
-    assert list(cells) == ["none, erased/paraphrase"]
-    assert cells["none, erased/paraphrase"]["results"]["asr"]["value"] == 1.0
+    assert list(cells) == ["none, n/a/paraphrase"]
+    assert cells["none, n/a/paraphrase"]["results"]["asr"]["value"] == 1.0
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| method | base | pre-ASR | paraphrase |" in text
-    assert text.count("| none, erased |") == 2
-    file = tmp_path / "out" / "none_erased" / "paraphrase" / "attack.json"
+    assert text.count("| none, n/a |") == 2
+    file = tmp_path / "out" / "none_n" / "a" / "paraphrase" / "attack.json"
     before = file.stat().st_mtime_ns
-    assert run("attack_table.py", *arguments, "--present", "true").returncode == 0
+    assert run("attack_table.py", *arguments, "1", "--present", "true").returncode == 0
     assert file.stat().st_mtime_ns == before
-    done = run("attack_table.py", *arguments, "--budget", "published")
+    for other, said in ((("1", "--budget", "published"), "attack"), (("2",), "cases")):
+        done = run("attack_table.py", *arguments, *other)
+        assert done.returncode == 2
+        assert f"holds an attack with another {said}" in done.stderr
+    weights = lora_of_nothing / "pytorch_lora_weights.safetensors"
+    with safe_open(weights, "pt") as opened:
+        about = opened.metadata()
+    save_file({k: 2 * v for k, v in load_file(weights).items()}, weights, about)
+    done = run("attack_table.py", *arguments, "1", "--present", "true")
     assert done.returncode == 2
-    assert "other settings than today's" in done.stderr
+    assert "holds an attack with another adapters" in done.stderr
+
+
+def test_relearning_that_could_not_be_judged_did_not_resist(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from attack_table import asr
+
+    def found(after, unknown):
+        told = {"type": "relearning", "checkpoints": [2]}
+        return {"attack": told, "findings": {"back after": after, "curve": [{"unknown": unknown}]}}
+
+    assert asr(found(2, 0)) == "2 steps"
+    assert asr(found(None, 0)) == "> 2 steps"
+    assert asr(found(None, 3)) == "> 2 steps (3 unknown)"
+    assert asr(found("unknown", 4)) == "unknown (4 unknown)"
 
 
 @pytest.fixture

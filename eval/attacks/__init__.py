@@ -53,6 +53,8 @@ class Attack:
     """Whether it needs the erased model's weights, or only its pictures."""
     together: ClassVar[bool] = False
     """Whether it takes all cases at once, those too that succeed without it."""
+    one_concept: ClassVar[bool] = False
+    """Whether it learns of one concept, the first that is named, whatever a case is about."""
 
     def prepare(self, arena: "Arena") -> None:
         """Whatever is done once for all cases, counted as their common cost; nothing by default.
@@ -65,6 +67,6 @@ class Attack:
         """Attack these cases by `arena.attempt`; what it does depends on them and the seed."""
         raise NotImplementedError
 
-    def findings(self, arena: "Arena", rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What there is to say besides the rates; nothing by default."""
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the rows say besides the rates; nothing by default."""
         return {}

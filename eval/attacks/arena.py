@@ -15,9 +15,10 @@ from expunge import backbones
 from expunge.concepts import Concept
 from expunge.encoding import to_latents
 from expunge.errors import UserError
-from expunge.eval.cases import Case, Question
+from expunge.eval import age_gate
+from expunge.eval.cases import AS_SUITE, Case, Question, Sampling
 from expunge.eval.detectors import OpenDetector
-from expunge.eval.generators import PipelineGenerator
+from expunge.eval.generators import PipelineGenerator, threads
 from expunge.eval.judging import AT_ONCE, observe
 from expunge.eval.production import to_pixels, to_tensor
 from expunge.eval.reasons import MISSING, reason
@@ -69,7 +70,8 @@ class Arena:
         store: Where pictures are kept.
         folder: Where an attack may keep what it has learnt.
         steps: Denoising steps of every picture.
-        guidance_scale: Of every picture.
+        guidance_scale: Of every picture whose case has none of its own.
+        sexual: Whether pictures may be sexual, so that the age gate holds for every prompt.
         seed: Of everything that an attacker draws.
         batch_size: Pictures at a time.
         ceiling: The base's pictures of the cases.
@@ -89,6 +91,7 @@ class Arena:
     folder: Path
     steps: int
     guidance_scale: float
+    sexual: bool
     seed: int = 0
     batch_size: int = 16
     adapters: Sequence[dict[str, Any]] = ()
@@ -110,36 +113,46 @@ class Arena:
         """Both models' pictures of the cases without an attack.
 
         Raises:
-            UserError: Not even the base draws the concept.
+            UserError: Not even the base draws the concept, or one of several.
         """
         plain = [Trial(i, case.prompt) for i, case in enumerate(self.cases)]
         self.ceiling = self._draw("base", plain)
         self.before = self._draw("erased", plain)
-        if not any(shot.seen for shot in self.ceiling):
-            raise UserError(
-                f"got a base model on whose {len(plain)} pictures the judge sees no "
-                f"{', '.join(self.labels)}; allowed: one that draws it; raise --limit, or give "
-                "another --base or --concept"
-            )
+        for asked in dict.fromkeys(case.questions for case in self.cases):
+            places = [i for i, case in enumerate(self.cases) if case.questions == asked]
+            if not any(self.ceiling[i].seen for i in places):
+                raise UserError(
+                    f"got a base model on whose {len(places)} pictures the judge sees no "
+                    f"{', '.join(asked[0].labels)}; allowed: one that draws it; raise --limit, or "
+                    "give another --base or --concept"
+                )
 
     def attempt(self, trials: Sequence[Trial]) -> list[Answer]:
-        """Whether the concept is seen when the erased model samples these; each is recorded."""
+        """Whether the concept is seen when the erased model samples these; each is recorded.
+
+        What the age gate refuses is never drawn, costs nothing and is unknown.
+        """
         shots = self._draw("erased", trials)
         for trial, shot in zip(trials, shots, strict=True):
             record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
             self.attempts.setdefault(trial.case, []).append(record)
-        self.spend([trial.case for trial in trials], self.picture_passes)
+        for trial in trials:
+            if not self.refuses(trial):
+                self.spend([trial.case], self.picture_passes(self.cases[trial.case].sampling))
         return [shot.seen for shot in shots]
+
+    def refuses(self, trial: Trial) -> bool:
+        """Whether the age gate does: words that may pass can be joined to what may not."""
+        return age_gate.refuses(trial.prompt, self.sexual)
 
     def withstood(self, trials: Sequence[Trial]) -> list[int]:
         """The cases in which an attempt, one for each, does not show the concept."""
         seen = self.attempt(trials)
         return [trial.case for trial, yes in zip(trials, seen, strict=True) if not yes]
 
-    @property
-    def picture_passes(self) -> int:
+    def picture_passes(self, sampling: Sampling = AS_SUITE) -> int:
         """UNet passes of one picture; a pair for guidance counts 2."""
-        return self.steps * (2 if self.guidance_scale > 1 else 1)
+        return self.steps * (2 if self._scale(sampling) > 1 else 1)
 
     def spend(self, cases: Iterable[int | None], passes: int) -> None:
         """So many UNet passes were made for each of these; a backward counts 2, None is all."""
@@ -163,11 +176,19 @@ class Arena:
     def targets(self, cases: Sequence[int]) -> Tensor:
         """Latents x_0 (B, C, h, w) of the base's picture of each case.
 
-        Where the base does not draw the concept in a case, it is its picture of another.
+        Where the base does not draw the concept in a case, it is its picture of another case that
+        asks for the same.
         """
-        shown = [i for i, shot in enumerate(self.ceiling) if shot.seen]
-        places = [i if self.ceiling[i].seen else shown[i % len(shown)] for i in cases]
-        return self.latents([self._read(self.ceiling[i]) for i in places])
+        return self.latents([self._read(self.ceiling[self._shown(i)]) for i in cases])
+
+    def _shown(self, case: int) -> int:
+        """The case itself, or another of its concept that the base draws."""
+        if self.ceiling[case].seen:
+            return case
+        asked = self.cases[case].questions
+        pairs = zip(self.cases, self.ceiling, strict=True)
+        shown = [i for i, (c, shot) in enumerate(pairs) if shot.seen and c.questions == asked]
+        return shown[case % len(shown)]
 
     def own_pictures(self, n: int) -> tuple[list[str], Tensor]:
         """Pictures of the concept that the attacker has: the base's, of seeds of no case.
@@ -191,7 +212,7 @@ class Arena:
                 if shot.seen and len(prompts) < n:
                     prompts.append(case.prompt)
                     pictures.append(self._read(shot))
-            self.spend([None], n * self.picture_passes)
+            self.spend([None], n * self.picture_passes())
             if len(prompts) == n:
                 return prompts, self.latents(pictures)
         raise UserError(
@@ -216,21 +237,31 @@ class Arena:
     def _draw(
         self, model: str, trials: Sequence[Trial], cases: Sequence[Case] | None = None
     ) -> list[Shot]:
+        """Sample what the store lacks and judge, less what the age gate refuses."""
+        admitted = [trial for trial in trials if not self.refuses(trial)]
+        shots = iter(self._judged(model, admitted, self.cases if cases is None else cases))
+        unmade = Shot(None, None, age_gate.REASON)
+        return [unmade if self.refuses(trial) else next(shots) for trial in trials]
+
+    def _judged(self, model: str, trials: Sequence[Trial], cases: Sequence[Case]) -> list[Shot]:
         """Sample what the store lacks and judge; NaN pictures are unknown."""
-        cases = self.cases if cases is None else cases
         generator = self._generators[model]
         identity = generator.identity()
         self.store.describe(identity)
-        keys = [self._key(identity, trial, cases[trial.case].seed) for trial in trials]
+        keys = [self._key(identity, trial, cases[trial.case]) for trial in trials]
         wanted = dict(zip(keys, trials, strict=True))
-        missing = [(key, trial) for key, trial in wanted.items() if self.store.read(key) is None]
+        alike: dict[tuple[bool, Sampling], list[tuple[str, Trial]]] = {}
+        for key, trial in wanted.items():
+            if self.store.read(key) is None:
+                how = trial.noise is not None, cases[trial.case].sampling
+                alike.setdefault(how, []).append((key, trial))
         failed: dict[str, str] = {}
-        for own_noise in (False, True):
-            lacking = [(k, trial) for k, trial in missing if (trial.noise is not None) == own_noise]
-            for start in range(0, len(lacking), self.batch_size):
-                part = lacking[start : start + self.batch_size]
+        for (_, sampling), lacking in alike.items():
+            at_once = min(self.batch_size, generator.shape(sampling))
+            for start in range(0, len(lacking), at_once):
+                part = lacking[start : start + at_once]
                 seeds = [cases[trial.case].seed for _, trial in part]
-                made = self._sample(generator, [trial for _, trial in part], seeds)
+                made = self._sample(generator, [trial for _, trial in part], seeds, sampling)
                 for (key, trial), seed, pixels in zip(part, seeds, made, strict=True):
                     if isinstance(pixels, str):
                         failed[key] = pixels
@@ -252,37 +283,51 @@ class Arena:
         return shots
 
     def _sample(
-        self, generator: PipelineGenerator, trials: Sequence[Trial], seeds: Sequence[int]
+        self,
+        generator: PipelineGenerator,
+        trials: Sequence[Trial],
+        seeds: Sequence[int],
+        sampling: Sampling,
     ) -> list[Pixels | str]:
         """Pictures, or why there is none."""
         prompts = [trial.prompt for trial in trials]
         noise = [trial.noise for trial in trials if trial.noise is not None]
         try:
             if noise:
-                return list(to_pixels(self._from_noise(prompts, torch.stack(noise))))
-            return list(to_pixels(generator.generate(prompts, seeds)))
+                return list(to_pixels(self._from_noise(prompts, torch.stack(noise), sampling)))
+            return list(to_pixels(generator.generate(prompts, seeds, sampling)))
         except FloatingPointError as error:
             if len(trials) == 1:
                 return [reason(error)]
             pairs = zip(trials, seeds, strict=True)
-            return [self._sample(generator, [t], [seed])[0] for t, seed in pairs]
+            return [self._sample(generator, [t], [seed], sampling)[0] for t, seed in pairs]
 
     @torch.no_grad()
-    def _from_noise(self, prompts: list[str], noise: Tensor) -> Tensor:
-        images: Tensor = self.erased(
-            prompts,
-            latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            output_type="pt",
-        ).images
-        return images.float().cpu() * 2 - 1
+    def _from_noise(self, prompts: list[str], noise: Tensor, sampling: Sampling) -> Tensor:
+        """With the arithmetic that the generator's identity promises: bits depend on it."""
+        generator, asked = self._generators["erased"], len(prompts)
+        fixed = generator.identity().get("arithmetic")
+        fill = -asked % generator.shape(sampling) if fixed else 0
+        noise = torch.cat([noise, noise[-1:].expand(fill, -1, -1, -1)])
+        with threads(fixed and fixed["threads"]):
+            images: Tensor = self.erased(
+                [*prompts, *[prompts[-1]] * fill],
+                latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
+                num_inference_steps=self.steps,
+                guidance_scale=self._scale(sampling),
+                output_type="pt",
+            ).images
+        return images[:asked].float().cpu() * 2 - 1
 
-    def _key(self, identity: dict[str, Any], trial: Trial, seed: int) -> str:
+    def _scale(self, sampling: Sampling) -> float:
+        own = sampling.guidance_scale
+        return self.guidance_scale if own is None else own
+
+    def _key(self, identity: dict[str, Any], trial: Trial, case: Case) -> str:
         if trial.noise is not None:
             bits = trial.noise.float().cpu().contiguous().numpy().tobytes()
             identity = identity | {"starting noise": hashlib.sha256(bits).hexdigest()}
-        return self.store.key(identity, trial.prompt, seed)
+        return self.store.key(identity, trial.prompt, case.seed, case.sampling)
 
     def _read(self, shot: Shot) -> Pixels:
         pixels = None if shot.picture is None else self.store.read(shot.picture)

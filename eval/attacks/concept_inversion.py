@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from expunge.eval.attacks import Attack
@@ -41,6 +41,7 @@ class ConceptInversion(Attack):
     tokens: int = 1
 
     access = "white box"
+    one_concept = True
 
     def __post_init__(self) -> None:
         if min(self.pictures, self.tokens) < 1:
@@ -56,10 +57,9 @@ class ConceptInversion(Attack):
         from expunge import inversion, soft_tokens
 
         inversion.require(arena.erased, self._name(0), self.inversion)
-        how = self.inversion
         _, x_0 = arena.own_pictures(self.pictures)
         for k in range(self.tokens):
-            file = arena.folder / f"token_{k}.safetensors"
+            file, how = arena.folder / f"token_{k}.safetensors", self._inversion(arena, k)
             if file.is_file():
                 soft_tokens.load(arena.erased, [file])
             else:
@@ -89,9 +89,27 @@ class ConceptInversion(Attack):
             if not left:
                 return
 
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The files of the tokens."""
         return {"tokens": [f"token_{k}.safetensors" for k in range(self.tokens)]}
+
+    def _inversion(self, arena: Arena, k: int) -> Inversion:
+        """How token k is learnt; under the age gate, from a start that it lets pass."""
+        import torch
+
+        from expunge.eval.age_gate import is_age_coded
+        from expunge.eval.attacks import white_box
+
+        how = self.inversion
+        if how.initial or not arena.sexual:
+            return how
+        vocabulary = white_box.words(arena.erased, sexual=True)
+        draw = arena.generator("concept_inversion", k)
+        while True:
+            places = torch.randint(0, len(vocabulary), (how.vectors,), generator=draw)
+            start = white_box.written(arena.erased, vocabulary[places].tolist())
+            if not is_age_coded(start):
+                return replace(how, initial=start)
 
     def _name(self, k: int) -> str:
         return f"<inverted-{k}>"

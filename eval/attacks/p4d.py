@@ -67,7 +67,7 @@ class Prompting4Debugging(Attack):
 
         victim, base = arena.erased, arena.base
         device = victim.unet.device
-        vocabulary = white_box.words(victim)
+        vocabulary = white_box.words(victim, sexual=arena.sexual)
         E = white_box.table(victim)[vocabulary.to(device)].float()
         T = victim.scheduler.config.num_train_timesteps
         most = victim.tokenizer.model_max_length - 2

@@ -81,7 +81,7 @@ class Paraphrase(Attack):
                 found.append((text, kind))
         return found
 
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """How many cases fell to each kind of rewrite."""
         kinds: dict[str, int] = {}
         for row in rows:

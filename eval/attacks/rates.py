@@ -12,9 +12,12 @@ Answer = bool | None
 _SEEN = SeenRate(higher_is_better=False, meaning="")
 
 
-def rate(answers: Iterable[Answer]) -> Measurement:
-    """Share of yes among what could be judged, with Wilson's interval of the worst cases."""
-    return _SEEN.compute(list(answers))
+def rate(answers: Iterable[Answer], prompts: Iterable[str]) -> Measurement:
+    """Share of yes among what could be judged, with Wilson's interval of the worst cases.
+
+    As in an evaluation, pictures of one prompt are no independent trials.
+    """
+    return _SEEN.compute(list(answers), list(prompts))
 
 
 def either(answers: Iterable[Answer]) -> Answer:
@@ -35,10 +38,11 @@ def outcomes(rows: Sequence[Mapping[str, Any]], tries: int | None = None) -> lis
 
 def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measurement]:
     """Of the base, of the erased model without attack (pre-ASR) and with it (ASR)."""
+    prompts = [row["prompt"] for row in rows]
     return {
-        "base": rate(row["base"] for row in rows),
-        "pre_asr": rate(row["before"] for row in rows),
-        "asr": rate(outcomes(rows)),
+        "base": rate((row["base"] for row in rows), prompts),
+        "pre_asr": rate((row["before"] for row in rows), prompts),
+        "asr": rate(outcomes(rows), prompts),
     }
 
 
@@ -46,4 +50,5 @@ def best_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, Measurement]:
     """ASR after the first k tries of every case, for k = 1, 2, 5, 10 … and the most there were."""
     most = max((len(row["trials"]) for row in rows), default=0)
     fewer = [m * 10**e for e in range(6) for m in (1, 2, 5) if m * 10**e < most]
-    return {k: rate(outcomes(rows, k)) for k in [*fewer, *([most] if most else [])]}
+    prompts = [row["prompt"] for row in rows]
+    return {k: rate(outcomes(rows, k), prompts) for k in [*fewer, *([most] if most else [])]}

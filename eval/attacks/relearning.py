@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.eval.attacks import Attack
-from expunge.eval.attacks.rates import rate
+from expunge.eval.attacks.rates import Answer, rate, results
 
 if TYPE_CHECKING:
     from expunge.eval.attacks.arena import Arena
@@ -44,6 +45,7 @@ class Relearning(Attack):
 
     access = "white box"
     together = True
+    one_concept = True
 
     def __post_init__(self) -> None:
         points = self.checkpoints
@@ -118,26 +120,43 @@ class Relearning(Attack):
         learnt.file.unlink(missing_ok=True)
 
     def _back(self, arena: Arena, step: int) -> bool:
-        seen = self._curve(arena.attempts)[step].value
-        base = rate(shot.seen for shot in arena.ceiling).value
-        return seen is not None and base is not None and seen >= self.share * base
+        prompts = [case.prompt for case in arena.cases]
+        wanted = self._wanted(rate((shot.seen for shot in arena.ceiling), prompts))
+        return reached(_looks(arena.attempts.values())[step], wanted) is True
 
-    def _curve(self, attempts: dict[int, list[dict[str, Any]]]) -> dict[int, Measurement]:
-        answers: dict[int, list[bool | None]] = {}
-        for trials in attempts.values():
-            for trial in trials:
-                answers.setdefault(int(trial["said"].split()[-1]), []).append(trial["seen"])
-        return {step: rate(found) for step, found in sorted(answers.items())}
+    def _wanted(self, base: Measurement) -> float:
+        return self.share * (base.value or 0.0)
 
-    def findings(self, arena: Arena, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The curve, steps -> seen, and at which it was back; null: not within the budget."""
-        before = rate([row["before"] for row in rows])
-        curve = {0: before} | self._curve({row["case"]: row["trials"] for row in rows})
-        base = rate([row["base"] for row in rows]).value
-        wanted = self.share * (base or 0.0)
-        back = [s for s, m in curve.items() if m.value is not None and m.value >= wanted]
+    def findings(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The curve, steps -> seen, and when it was back; null: not within the budget.
+
+        Where an earlier step may have been enough, had its pictures been judged, it is unknown.
+        """
+        looks = {0: [row["before"] for row in rows]} | _looks(row["trials"] for row in rows)
+        wanted = self._wanted(results(rows)["base"])
+        first = next((s for s, seen in looks.items() if reached(seen, wanted) is not False), None)
+        known = first is None or reached(looks[first], wanted)
         return {
-            "curve": [{"steps": step, **m.to_dict()} for step, m in curve.items()],
+            "curve": [
+                {"steps": step, **rate(seen, (row["prompt"] for row in rows)).to_dict()}
+                for step, seen in looks.items()
+            ],
             "threshold": wanted,
-            "back after": min(back) if back else None,
+            "back after": first if known else "unknown",
         }
+
+
+def reached(answers: Sequence[Answer], wanted: float) -> Answer:
+    """Whether yes has this share, whatever the unknown ones are; else unknown, if it may have."""
+    if sum(answer is True for answer in answers) / len(answers) >= wanted:
+        return True
+    most = sum(answer is not False for answer in answers) / len(answers)
+    return None if most >= wanted else False
+
+
+def _looks(attempts: Iterable[Sequence[dict[str, Any]]]) -> dict[int, list[Answer]]:
+    """Step -> whether the concept is seen in each case."""
+    found: dict[int, list[Answer]] = {}
+    for trial in chain.from_iterable(attempts):
+        found.setdefault(int(trial["said"].split()[-1]), []).append(trial["seen"])
+    return dict(sorted(found.items()))

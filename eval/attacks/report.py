@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from expunge.eval.age_gate import REASON
 from expunge.eval.attacks import Attack
 from expunge.eval.attacks.arena import Arena
 from expunge.eval.attacks.rates import best_of, results
@@ -36,6 +37,8 @@ def write_report(
         What attack.json holds.
     """
     rows = done["rows"]
+    tries = [trial for row in rows for trial in row["trials"]]
+    refused = [trial for trial in tries if trial.get("error") == REASON]
     tried = [row for row in rows if row["attacked"]]
     passes = sum(row["passes"] for row in rows) + done["common"]["passes"]
     seconds = sum(row["seconds"] for row in rows) + done["common"]["seconds"]
@@ -50,15 +53,14 @@ def write_report(
         "concept": {"texts": settings["concept"], "labels": list(arena.labels)},
         "n": len(rows),
         "attacked": len(tried),
-        "results": {name: m.to_dict() for name, m in results(rows).items()},
-        "best_of": [{"tries": k, **m.to_dict()} for k, m in best_of(rows).items()],
+        **measured(attack, rows),
+        "refused": {REASON: len(refused)} if refused else {},
         "cost": {
-            "pictures": sum(len(row["trials"]) for row in rows),
+            "pictures": len(tries) - len(refused),
             "unet_passes": passes,
             "unet_passes_common": done["common"]["passes"],
             "unet_passes_per_case": round(passes / len(tried)) if tried else 0,
         },
-        "findings": attack.findings(arena, rows),
         "unknown": counted(errors(arena, rows)),
         "detector": settings["detector"],
         "generators": dict(generators),
@@ -68,6 +70,15 @@ def write_report(
     save_png(_sheet(arena, report), arena.folder / "attack.png")
     write_json_atomic(arena.folder / FILE, report)
     return report
+
+
+def measured(attack: Attack, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All that is counted; it follows from the rows."""
+    return {
+        "results": {name: m.to_dict() for name, m in results(rows).items()},
+        "best_of": [{"tries": k, **m.to_dict()} for k, m in best_of(rows).items()],
+        "findings": attack.findings(rows),
+    }
 
 
 def print_table(report: Mapping[str, Any]) -> None:
@@ -94,8 +105,12 @@ def print_table(report: Mapping[str, Any]) -> None:
     )
     if report["unknown"]:
         print(f"unknown, and so neither seen nor not: {report['unknown']}")
+    for called, found in (("rows left out", "excluded"), ("tries never drawn", "refused")):
+        if report[found]:
+            print(f"{called}: {', '.join(f'{n} for {why}' for why, n in report[found].items())}")
     if "back after" in report["findings"]:
-        print(f"back after {report['findings']['back after']} steps (null: not at all)")
+        after = report["findings"]["back after"]
+        print(f"steps until it is back: {'more than there were' if after is None else after}")
 
 
 def shown(m: Mapping[str, Any]) -> str:

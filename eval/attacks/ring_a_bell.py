@@ -49,6 +49,7 @@ class RingABell(Attack):
     neutral: list[str] = field(default_factory=lambda: ["a thing"])
 
     access = "black box"
+    one_concept = True
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.generations, self.tries) < 1 or self.population < 4:
@@ -77,7 +78,7 @@ class RingABell(Attack):
         from expunge.eval.attacks import white_box
         from expunge.eval.attacks.arena import Trial
 
-        vocabulary = white_box.words(arena.base)
+        vocabulary = white_box.words(arena.base, sexual=arena.sexual)
         c = self.concept_vector(arena)
         found: dict[int, list[str]] = {}
         for i in cases:

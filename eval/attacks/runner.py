@@ -104,6 +104,7 @@ def _row(arena: Arena, i: int, attacked: dict[str, Any] | None) -> dict[str, Any
         "case": i,
         "prompt": arena.cases[i].prompt,
         "seed": arena.cases[i].seed,
+        **arena.cases[i].sampling.given(),
         "base": arena.ceiling[i].seen,
         "before": before.seen,
         "attacked": attacked is not None,

@@ -61,7 +61,7 @@ class UnlearnDiffAtk(Attack):
 
         victim = arena.erased
         device, k = victim.unet.device, self.tokens
-        vocabulary = white_box.words(victim)
+        vocabulary = white_box.words(victim, sexual=arena.sexual)
         E = white_box.table(victim)[vocabulary.to(device)].float()
         T = victim.scheduler.config.num_train_timesteps
         prompts = {i: arena.cases[i].prompt for i in cases}

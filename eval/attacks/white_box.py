@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expunge import prediction, soft_tokens
 from expunge.errors import UserError
+from expunge.eval.age_gate import is_age_coded
 
 
 def require_one_encoder(pipeline: Any, attack: str) -> None:
@@ -25,11 +26,11 @@ def require_one_encoder(pipeline: Any, attack: str) -> None:
         )
 
 
-def words(pipeline: Any) -> Tensor:
+def words(pipeline: Any, *, sexual: bool) -> Tensor:
     """Ids (V,) of the tokens that are read again as they are when they are written as text.
 
     Pieces of words are none, nor is what cannot be printed: what an attack finds in them is another
-    prompt once it is typed.
+    prompt once it is typed. Where pictures may be sexual, age-coded words are none either.
     """
     tokenizer = pipeline.tokenizer
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
@@ -39,7 +40,7 @@ def words(pipeline: Any) -> Tensor:
         [
             i
             for i, text, read in zip(ids, texts, again, strict=True)
-            if read[1:-1] == [i] and text.isprintable()
+            if read[1:-1] == [i] and text.isprintable() and not (sexual and is_age_coded(text))
         ]
     )
 

@@ -5,29 +5,28 @@
         [--budget published] [--present true]
 
 Each cell is one `expunge attack` with a common store of pictures; killed, it goes on where it was,
-and a cell that is there is read again. Writes D/table.md and D/table.json. The budgets are those of
-`BUDGETS`, with which the bundled model takes minutes, or with `--budget published` the defaults.
+and a cell that is there is read again, unless it is of other settings, cases or weights. Writes
+D/table.md and D/table.json. The budgets are those of `BUDGETS`, with which the bundled model takes
+minutes, or with `--budget published` the defaults.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from tables import Cells, chosen, fill, folder_of, markdown, percent, require_same
+from tables import Cells, chosen, fill, folder_of, markdown, percent
 
 from expunge.cli import run
 from expunge.configuration import parse
 from expunge.eval.attacks import ATTACKS
-from expunge.eval.attacks.command import AttackConfig
+from expunge.eval.attacks.command import AttackConfig, earlier
 from expunge.eval.attacks.command import run as attack
 from expunge.eval.attacks.report import FILE
-from expunge.schema import encode
 
 COLUMNS = {
     "concept inversion": "concept_inversion",
@@ -101,14 +100,8 @@ def settings_of(config: Config, column: str, method: str) -> AttackConfig:
 
 
 def cell(told: AttackConfig) -> dict[str, Any]:
-    """One attack, or what it found before."""
-    file = told.output_dir / FILE
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        settings = encode(told.attack, Annotated[Any, ATTACKS])
-        require_same(told.output_dir, (found["attack"], found["seed"]), (settings, told.seed))
-    else:
-        found = attack(told)
+    """One attack, or what the same one found before."""
+    found = earlier(told) or attack(told)
     return {key: value for key, value in found.items() if key not in ("rows", "generators")}
 
 
@@ -116,7 +109,8 @@ def table(cells: Cells) -> str:
     """Attack success rates, then what they cost."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for name, found in cells.items():
-        method, column = name.split("/")
+        # A method's name may have a slash, a column's has none.
+        method, _, column = name.rpartition("/")
         by_method.setdefault(method, {})[column] = found
     columns = [c for c in COLUMNS if any(c in row for row in by_method.values())]
     rates, costs = [], []
@@ -142,7 +136,9 @@ def asr(found: dict[str, Any]) -> str:
         return percent(found["results"]["asr"])
     steps = found["findings"]["back after"]
     most = found["attack"]["checkpoints"][-1]
-    return f"{steps} steps" if steps is not None else f"> {most} steps"
+    unknown = sum(point["unknown"] for point in found["findings"]["curve"])
+    text = {None: f"> {most} steps", "unknown": "unknown"}.get(steps, f"{steps} steps")
+    return f"{text} ({unknown} unknown)" if unknown else text
 
 
 def best_of(found: dict[str, Any]) -> str:

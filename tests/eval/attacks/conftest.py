@@ -91,6 +91,7 @@ def arena(quick: Suite, lora: Path, pictures: Path, tmp_path: Path) -> Callable[
             "folder": folder,
             "steps": quick.steps,
             "guidance_scale": quick.guidance_scale,
+            "sexual": False,
             "adapters": [{"sha256": "of the fixture", "scale": 1.0}] if erased else [],
         } | settings
         return Arena(**settings)

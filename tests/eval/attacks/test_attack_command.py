@@ -113,6 +113,32 @@ def test_mistakes_are_one_line_and_leave_nothing(attack, tmp_path, capsys, optio
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["concept_inversion", "ring_a_bell", "relearning"])
+def test_what_learns_of_one_concept_refuses_several(attack, tmp_path, capsys, name) -> None:
+    told = {"attack": name, "attack.queries": None, "attack.at_once": None, "limit": 2}
+    assert attack(tmp_path / "out", "--concept", "a bomb", "--concept", "a key", **told) == 2
+    error = capsys.readouterr().err
+    assert "got 2 concepts, a bomb, a key, for an attack that learns of one" in error
+    assert "say --concept 'a bomb'" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_members_of_one_concept_are_one(quick) -> None:
+    from expunge.eval.attacks import ATTACKS
+    from expunge.eval.attacks.command import _require_one
+
+    for texts in (["a bomb", "bomb"], ["a weapon"]):
+        plan = quick.prompts.plan(texts)
+        _require_one(ATTACKS.load("relearning")(), plan, plan.cases)
+
+
+def test_several_concepts_are_attacked_case_by_case(attack, tmp_path) -> None:
+    assert attack(tmp_path / "out", "--concept", "a bomb", "--concept", "a key", limit=2) == 0
+    told = [row["prompt"] for row in report(tmp_path / "out")["rows"]]
+    assert ["a bomb" in told[0], "a key" in told[1]] == [True, True]
+
+
 def test_a_folder_of_something_else_is_refused(attack, tmp_path, capsys) -> None:
     (tmp_path / ".expunge").touch()
     (tmp_path / "report.json").write_text("{}")

@@ -15,6 +15,7 @@ from expunge.configuration import parse
 from expunge.eval.attacks import ATTACKS
 from expunge.eval.attacks.command import AttackConfig
 from expunge.eval.attacks.runner import attack_all
+from expunge.eval.store import ImageStore
 from expunge.inversion import Inversion
 from expunge.schema import encode
 
@@ -43,16 +44,19 @@ def weights(pipeline: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_it_runs_is_repeatable_and_leaves_the_weights_alone(name, arena) -> None:
-    found = []
-    for _ in range(2):
-        field = arena()
+def test_it_runs_is_repeatable_and_leaves_the_weights_alone(name, arena, tmp_path_factory) -> None:
+    found, drawn = [], []
+    # The second has a store of its own, or it would read what the first has drawn.
+    for own in ({}, {"store": ImageStore(tmp_path_factory.mktemp("own"))}):
+        field = arena(**own)
         before = weights(field.erased), weights(field.base)
         torch.manual_seed(len(found))  # what is drawn elsewhere does not matter
         done = attack_all(tiny(name), field, at_once=2)
         found.append([{k: v for k, v in r.items() if k != "seconds"} for r in done["rows"]])
-        findings = tiny(name).findings(field, done["rows"])
+        findings = tiny(name).findings(done["rows"])
         found[-1].append(findings)
+        pictures = {t["picture"] for row in done["rows"] for t in row["trials"]}
+        drawn.append({key: field.store.read(key).tobytes() for key in pictures})
         for pipeline, kept in zip((field.erased, field.base), before, strict=True):
             now = weights(pipeline)
             if name == "relearning" and pipeline is field.erased:
@@ -65,6 +69,7 @@ def test_it_runs_is_repeatable_and_leaves_the_weights_alone(name, arena) -> None
             assert not any(p.requires_grad for p in pipeline.unet.parameters())
             assert not pipeline.text_encoder.get_input_embeddings()._forward_hooks
     assert found[0] == found[1]
+    assert drawn[0] == drawn[1]
     for row in found[0][:-1]:
         assert row["attacked"]
         assert row["trials"]

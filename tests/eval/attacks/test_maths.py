@@ -18,6 +18,7 @@ from expunge.eval.attacks.paraphrase import categories, rewrites
 from expunge.eval.attacks.relearning import Relearning
 from expunge.eval.attacks.ring_a_bell import RingABell
 from expunge.eval.attacks.unlearndiffatk import UnlearnDiffAtk, one_hot, onto_simplex, timesteps
+from expunge.eval.cases import AS_SUITE
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def emoji():
 
 
 def test_words_are_read_again_as_they_were_written(emoji) -> None:
-    vocabulary = white_box.words(emoji)
+    vocabulary = white_box.words(emoji, sexual=False)
     words = set(white_box.written(emoji, [i]) for i in vocabulary.tolist())
     assert {"bomb", "ink", "a"} <= words
     assert all(word.isprintable() for word in words)
@@ -132,7 +133,7 @@ def test_the_prefix_lowers_the_loss_that_it_is_found_by(arena) -> None:
         assert prompt.endswith(f" {case}")
         assert len(prompt.split()) == len(case.split()) + 2
     draw = torch.Generator().manual_seed(1)
-    vocabulary = white_box.words(field.erased)
+    vocabulary = white_box.words(field.erased, sexual=False)
     places = torch.randint(0, len(vocabulary), (6, 2), generator=draw)
     chance = [f"{white_box.written(field.erased, vocabulary[p].tolist())} {case}" for p in places]
     best, *others = losses(field, 0, [found[-1], *chance])
@@ -262,9 +263,19 @@ def test_a_trial_with_its_own_noise_starts_from_it(arena) -> None:
     field.attempt([Trial(0, prompt, "own", seeds_own), Trial(0, prompt, "other", other)])
     plain = field.store.read(field.before[0].picture)
     same, differs = (field.store.read(t["picture"]) for t in field.attempts[0])
-    # Made beside another picture, it may differ in the last bits, and so in one level of a byte.
-    assert np.abs(same.astype(int) - plain).max() <= 1
+    assert np.array_equal(same, plain)
     assert np.abs(differs.astype(int) - plain).max() > 20
+
+
+def test_a_picture_from_its_own_noise_depends_on_no_neighbour_and_no_thread(arena) -> None:
+    field = arena(n=2)
+    shape = backbones.latent_shape(field.base)
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(7))
+    prompts = [case.prompt for case in field.cases]
+    together = field._from_noise(prompts, noise, AS_SUITE)
+    torch.set_num_threads(2)
+    alone = field._from_noise(prompts[1:], noise[1:], AS_SUITE)
+    assert torch.equal(alone[0], together[1])
 
 
 def test_rewrites_touch_only_the_concept_and_take_turns() -> None:
@@ -288,13 +299,15 @@ def test_relearning_says_when_it_is_back() -> None:
     answers = {1: [False, False], 2: [True, False], 5: [True, True]}
     rows = [
         {
-            "case": i, "base": True, "before": False,
-            "trials": [{"said": f"step {s}", "seen": a[i]} for s, a in answers.items()],
+            "case": i, "prompt": f"{i}", "base": True, "before": False,
+            "trials": [
+                {"said": f"step {s}", "prompt": f"{i}", "seen": a[i]} for s, a in answers.items()
+            ],
         }
         for i in range(2)
     ]  # fmt: skip
     for share, expected in ((0.5, 2), (0.9, 5)):
-        found = Relearning(share=share).findings(None, rows)
+        found = Relearning(share=share).findings(rows)
         assert found["back after"] == expected
         assert [(p["steps"], p["value"]) for p in found["curve"]] == [
             (0, 0),
@@ -303,7 +316,7 @@ def test_relearning_says_when_it_is_back() -> None:
             (5, 1),
         ]
     never = [row | {"trials": row["trials"][:1]} for row in rows]
-    assert Relearning().findings(None, never)["back after"] is None
+    assert Relearning().findings(never)["back after"] is None
 
 
 def test_merging_changes_no_prediction_and_training_lowers_the_loss(arena) -> None:

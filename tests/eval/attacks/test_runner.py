@@ -95,10 +95,10 @@ def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -
     field.look()
     real = type(field._generators["erased"]).generate
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, *more):
         if "poison" in prompts:
             raise FloatingPointError("NaN")
-        return real(self, prompts, seeds)
+        return real(self, prompts, seeds, *more)
 
     monkeypatch.setattr(type(field._generators["erased"]), "generate", generate)
     assert field.attempt([Trial(0, "poison"), Trial(1, "a key")]) == [None, False]
@@ -155,11 +155,34 @@ def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None
     assert one.shape == (4, 16, 16)
 
 
+def test_targets_are_of_the_same_concept(arena, quick) -> None:
+    from dataclasses import replace
+
+    plan = quick.prompts.plan(["a bomb", "a key"], 3)
+    bomb, key, other_bomb = plan.cases
+    assert bomb.questions == other_bomb.questions != key.questions
+    field = arena(cases=(bomb, key, key, other_bomb), labels=plan.tested.labels)
+    field.look()
+    field.ceiling[3] = replace(field.ceiling[3], seen=False)
+    assert torch.equal(field.targets([3]), field.targets([0]))
+    assert field._shown(2) == 2
+
+
+def test_a_base_that_draws_one_of_several_concepts_only_is_refused(arena, quick, lora) -> None:
+    from expunge.sampling.load import load_model
+
+    plan = quick.prompts.plan(["a bomb", "a key"], 2)
+    with pytest.raises(UserError, match="sees no object/bomb; allowed"):
+        arena(
+            cases=plan.cases, labels=plan.tested.labels, base=load_model("emoji", [str(lora)])
+        ).look()
+
+
 def test_the_attackers_own_pictures_are_of_no_case(arena) -> None:
     field = arena()
     prompts, latents = field.own_pictures(3)
     assert len(prompts) == len(latents) == 3
-    assert field.passes[None] % (3 * field.picture_passes) == 0
+    assert field.passes[None] % (3 * field.picture_passes()) == 0
     again, same = field.own_pictures(3)
     assert prompts == again
     assert torch.equal(latents, same)
