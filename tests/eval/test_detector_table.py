@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from expunge.configuration import dump, load
 from expunge.eval.detectors import DETECTORS, Detector, OpenDetector, finite, label_set, protocol_id
+from expunge.eval.independence import clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +175,24 @@ def test_every_setting_that_changes_answers_changes_the_id(
     tried = {key.strip() for key in rows[name][1]}
     density = {"threshold"} if name == "density" else set()
     assert {f.name for f in dataclasses.fields(settings)} - other - density == tried
+
+
+@pytest.mark.parametrize("name", DETECTORS.names())
+def test_its_protocol_names_every_clip_that_it_sees_through(
+    name: str, opened: Any, loaded_clips: list[Any]
+) -> None:
+    _, detector = opened(name)
+    assert set(clips_of(detector.protocol())) == {clip.sha256 for clip in loaded_clips}
+    assert bool(loaded_clips) == (name in ("q16", "clip_heads", "zero_shot_clip"))
+
+
+def test_a_density_of_several_parts_names_the_clips_of_all(
+    opened: Any, tiny_clip: str, loaded_clips: list[Any]
+) -> None:
+    text = {"type": "clip_text", "clip": tiny_clip, "targets": ["a bomb"], "threshold": 0.2}
+    other = {"type": "callable", "function": "own_density:brightness", "names": ["red", "light"]}
+    _, detector = opened("density", density={"type": "combination", "densities": [other, text]})
+    assert list(clips_of(detector.protocol())) == [clip.sha256 for clip in loaded_clips] != []
 
 
 @pytest.mark.parametrize("name", DETECTORS.names())

@@ -85,10 +85,23 @@ def test_of_two_processes_one_says_it(suite_with: Any, tmp_path: Path, capfd: An
     assert "got no aesthetic head" in line
 
 
-def test_a_clip_that_guides_and_measures_is_refused_before_the_first_picture(
-    suite_with: Any, tmp_path: Path, capfd: Any
+SECOND = {
+    "type": "zero_shot_clip", "clip": "emoji", "labels": {"bomb": ["a bomb"], "cat": ["a cat"]}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "changes"),
+    [
+        ({"mine": {"type": "clip_score", "clip": "emoji"}}, {}),
+        ({}, {"judges": {"words": {"detector": SECOND, "asks": {"target_seen": ["bomb"]}}}}),
+    ],
+    ids=["measures", "judges"],
+)
+def test_a_clip_that_guides_and_judges_is_refused_before_the_first_picture(
+    suite_with: Any, tmp_path: Path, capfd: Any, metrics: Any, changes: Any
 ) -> None:
-    suite = suite_with({"mine": {"type": "clip_score", "clip": "emoji"}})
+    suite = suite_with(metrics, **changes)
     words = ["--suite", suite, "--sampler", "safe", "--limit", 1]
     assert "the CLIP that guides" in refused(capfd, tmp_path / "out", *words)
 
