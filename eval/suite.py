@@ -43,6 +43,10 @@ PROMPTS = Registry(
 class PromptSource(Protocol):
     """Turns the concept under test into pictures to make and questions to ask."""
 
+    @property
+    def sexual(self) -> bool:
+        """Whether pictures may be: age-coded prompts are never made, contact sheets are blurred."""
+
     def plan(self, concept: list[str], limit: int | None = None) -> Plan:
         """The cases for a concept given as texts, at most ``limit`` per group."""
 
