@@ -105,7 +105,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         "judges": panel.protocols(),
     }
     refuse_another(config.output_dir, config.overwrite, settings, "evaluation")
-    team = Team.join()
+    team = Team.join(config.device)
     with launch.together(team.size):
         return _run(config, suite, plan, panel, settings, team)
 
