@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Evaluation:
             if measured.higher_is_better
         }
 
+    @cached_property
     def differences(self) -> dict[str, Paired]:
         """Of what is counted, erased minus base on the same prompts and seeds; p is Holm's."""
         if self.base is None:
@@ -158,7 +160,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         },
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
-        "differences": {name: asdict(pair) for name, pair in evaluation.differences().items()},
+        "differences": {name: asdict(pair) for name, pair in evaluation.differences.items()},
         "changed": _measurements(evaluation.changed),
         "breakdown": {
             model: {name: _measurements(rows) for name, rows in outcome.breakdown.items()}
@@ -256,7 +258,7 @@ def _breakdown(evaluation: Evaluation) -> list[str]:
 
 
 def _differences(evaluation: Evaluation) -> list[str]:
-    found = evaluation.differences()
+    found = evaluation.differences
     if not found:
         return []
     header = ["metric", f"{evaluation.label} − base", "p (Holm)", "pairs"]

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
+from expunge.eval import report
 from expunge.eval.cases import Plan
 from expunge.eval.file_prompts import FilePrompts
 from expunge.eval.grid import Cell
 from expunge.eval.harness import Panel, evaluate
 from expunge.eval.report import Evaluation, _scores, markdown, to_dict, write_report
 from expunge.eval.sheet import COLUMNS, chosen, sections
+from expunge.eval.significance import compare_answers
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 from expunge.results import wilson
@@ -37,6 +39,21 @@ def test_relative_is_the_share_of_the_bases_own_value(evaluation: Evaluation) ->
 def test_the_same_evaluation_gives_the_same_report(evaluation: Evaluation) -> None:
     assert to_dict(evaluation) == to_dict(evaluation)
     assert "time" not in str(to_dict(evaluation))
+
+
+def test_tests_are_made_once_for_all_files(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(*answers: Any) -> Any:
+        made.append(1)
+        return compare_answers(*answers)
+
+    monkeypatch.setattr(report, "compare_answers", counted)
+    to_dict(evaluation)
+    markdown(evaluation)
+    assert len(made) == len(evaluation.differences)
 
 
 def test_markdown_tells_values_intervals_and_directions(evaluation: Evaluation) -> None:
