@@ -92,7 +92,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     if config.prompts is not None:
         suite = with_prompts(suite, config.prompts)
-    plan = suite.prompts.plan(config.concept_texts(), config.limit)
+    plan = suite.plan(config.concept_texts(), config.limit)
     panel = Panel.open(suite, metrics=Team.first())
     panel.require(plan.cases)
     settings = _settings(config) | {
