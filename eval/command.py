@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from expunge.concepts import Concept
 from expunge.configuration import parse
-from expunge.errors import UserError
 from expunge.eval.claim import claim, refuse_another
+from expunge.eval.independence import refuse_own_judge
 from expunge.eval.subject import REPEAT, Device, Subject
 from expunge.results import fresh_output_dir, sha256_json, write_json_atomic
 from expunge.sampling.samplers import SAMPLERS
@@ -94,7 +92,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     suite = load_suite(config.suite)
     if config.prompts is not None:
         suite = with_prompts(suite, config.prompts)
-    plan = suite.prompts.plan(config.concept_texts(), config.limit)
+    plan = suite.plan(config.concept_texts(), config.limit)
     panel = Panel.open(suite, metrics=Team.first())
     panel.require(plan.cases)
     settings = _settings(config) | {
@@ -107,7 +105,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         "judges": panel.protocols(),
     }
     refuse_another(config.output_dir, config.overwrite, settings, "evaluation")
-    team = Team.join()
+    team = Team.join(config.device)
     with launch.together(team.size):
         return _run(config, suite, plan, panel, settings, team)
 
@@ -125,7 +123,7 @@ def _run(
     protocol = panel.detector.protocol()
     metrics = [tally.protocol() for _, tally in panel.metrics.values()]
     for judge in (protocol, *panel.protocols().values(), *metrics):
-        _refuse_own_judge(judge, generators[label].identity())
+        refuse_own_judge(judge, generators[label].identity()["sampler"])
     if team.leads:
         fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     team.wait()
@@ -234,20 +232,3 @@ def _title(config: EvalConfig) -> str:
     names = [Path(lora).name or lora for lora in config.lora]
     names += [] if _plain(config) else [_sampler(config)["type"]]
     return " + ".join([Path(config.model).name or config.model, *names])
-
-
-def _refuse_own_judge(protocol: dict[str, Any], identity: dict[str, Any]) -> None:
-    """The CLIP that guides never judges."""
-    guides = json.dumps(identity["sampler"])
-    if any(clip in guides for clip in _clips(protocol)):
-        raise UserError(
-            "got a suite of which a detector or a metric sees through the CLIP that guides the "
-            "sampler; allowed: an independent judge; change one of them"
-        )
-
-
-def _clips(protocol: Any) -> Iterator[str]:
-    """The hashes of all CLIPs that a protocol names, at any depth."""
-    if isinstance(protocol, dict):
-        for key, value in protocol.items():
-            yield from value if key == "clips" else _clips(value)

@@ -10,7 +10,7 @@ from typing import Any
 from expunge.errors import UserError
 from expunge.eval.front import mean_interval
 from expunge.eval.runs import BASE, Run
-from expunge.eval.significance import Paired, compare_answers, compare_values, holm, over_seeds
+from expunge.eval.significance import Paired, compare_answers, compare_shares, holm, over_seeds
 
 Measured = dict[str, Any]
 
@@ -187,7 +187,7 @@ def _difference(
     ours, prompts = method.answers(name), method.runs[0].prompts(name)
     known = [None not in pair for pair in zip(theirs, ours, strict=True)]
     counted = all(isinstance(x, bool) or x is None for x in (*theirs, *ours))
-    pair: Any = compare_answers if counted else compare_values
+    pair: Any = compare_answers if counted else compare_shares
     paired: Paired | None = pair(theirs, ours, prompts)
     kept = [prompt for prompt, judged in zip(prompts, known, strict=True) if judged]
     exact = counted and len(set(kept)) == len(kept)
@@ -230,4 +230,7 @@ def _shared_base(runs: Sequence[Run]) -> tuple[Run | None, str | None]:
     first = having[0].report["generators"][BASE]
     if any(run.report["generators"][BASE] != first for run in having):
         return None, "the evaluations have different bases, so nothing is compared with one"
+    without = ", ".join(str(run.folder) for run in runs if run.report["base"] is None)
+    if without:
+        return having[0], f"{without}: evaluated without a base, and compared with the others' base"
     return having[0], None

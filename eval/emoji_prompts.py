@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import ClassVar
 
 from expunge.errors import UserError
 from expunge.eval.cases import Case, Plan, Question, Tested
@@ -64,6 +65,7 @@ class EmojiPrompts:
     vocabulary: Path | None = field(
         default=None, metadata={"help": "another model's vocabulary.json; null: the bundled one"}
     )
+    sexual: ClassVar[bool] = False  # icons
 
     def __post_init__(self) -> None:
         if not self._sizes():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -116,6 +116,7 @@ class EmojiWords:
     vocabulary: Path | None = field(
         default=None, metadata={"help": "another model's vocabulary.json; null: the bundled one"}
     )
+    sexual: ClassVar[bool] = False  # icons
     words: Path | None = field(
         default=None, metadata={"help": "another vocabulary's word list; null: the bundled one"}
     )

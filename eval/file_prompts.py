@@ -76,8 +76,8 @@ class FilePrompts:
     sexual: bool = field(
         default=True,
         metadata={
-            "help": "rows with age-coded words are never made; false for lists without sexual "
-            "prompts, such as captions of photographs"
+            "help": "rows with age-coded words are never made, and contact sheets blur what should "
+            "be gone; false for lists without sexual prompts, such as captions of photographs"
         },
     )
     split: str = field(default="train", metadata={"help": "the split of a dataset"})

@@ -67,7 +67,7 @@ class GridPrompts:
             raise UserError(f"got limit {limit}; allowed: a positive number of pictures per group")
         erased = self._erased(concept)
         groups: dict[str, list[Case]] = {"target": [], "kept": []}
-        excluded, sexual = 0, self._sexual()
+        excluded, sexual = 0, self.sexual
         for case in self._cases(erased):
             if sexual and age_gate.is_age_coded(case.prompt):
                 excluded += 1
@@ -83,7 +83,9 @@ class GridPrompts:
         left_out = {age_gate.REASON: excluded} if excluded else {}
         return Plan(Tested(tuple(concept), tuple(labels)), tuple(cases), left_out)
 
-    def _sexual(self) -> bool:
+    @property
+    def sexual(self) -> bool:
+        """Whether a word or label is."""
         values = [value for values in self.values.values() for value in values]
         return age_gate.is_sexual([*self.templates, *values, *self.labels.values()])
 

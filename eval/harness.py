@@ -17,7 +17,7 @@ from expunge.eval.generators import Generator, threads
 from expunge.eval.judging import Look, judge
 from expunge.eval.metrics import Batch, Counter, PictureMetric, Tally
 from expunge.eval.production import produce, to_tensor
-from expunge.eval.reasons import MISSING, reason
+from expunge.eval.reasons import reason
 from expunge.eval.store import ImageStore, Pixels
 from expunge.eval.suite import Suite
 from expunge.eval.team import ALONE, Team
@@ -290,7 +290,7 @@ def look(
     for i in places:
         pixels = store.read(keys[i])
         if pixels is None:
-            failed[i] = MISSING
+            failed[i] = store.why(keys[i])
         else:
             by_size.setdefault(pixels.shape, []).append(i)
     with tqdm(total=len(places), desc="look", unit="image", disable=None) as bar, threads(1):
@@ -313,8 +313,8 @@ def _show(
 ) -> dict[int, str]:
     """Show some pictures of one size; those that could not be taken in, and why."""
     try:
-        images = to_tensor(_all([store.read(keys[i]) for i in places]))
-        beside = None if base is None else to_tensor(_all([store.read(base[i]) for i in places]))
+        images = to_tensor(_all(store, [keys[i] for i in places]))
+        beside = None if base is None else to_tensor(_all(store, [base[i] for i in places]))
         tally.update(Batch(tuple(cases[i] for i in places), images, beside))
     except Exception as error:
         if len(places) == 1:
@@ -324,10 +324,13 @@ def _show(
     return {}
 
 
-def _all(pictures: Sequence[Pixels | None]) -> list[Pixels]:
-    found = [picture for picture in pictures if picture is not None]
-    if len(found) < len(pictures):
-        raise ValueError(MISSING)
+def _all(store: ImageStore, keys: Sequence[str]) -> list[Pixels]:
+    found = []
+    for key in keys:
+        pixels = store.read(key)
+        if pixels is None:
+            raise ValueError(store.why(key))
+        found.append(pixels)
     return found
 
 

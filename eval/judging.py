@@ -11,7 +11,7 @@ from expunge.eval.cases import Observation
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import threads
 from expunge.eval.production import to_tensor
-from expunge.eval.reasons import MISSING, reason
+from expunge.eval.reasons import reason
 from expunge.eval.score_store import ScoreStore
 from expunge.eval.store import ImageStore, Pixels
 from expunge.eval.team import ALONE, Team
@@ -82,7 +82,7 @@ def _look(
             bar.update()
             pixels = store.read(key)
             if pixels is None:
-                found[key] = Look(None, MISSING)
+                found[key] = Look(None, store.why(key))
                 continue
             known = scores.get(key, pixels)
             if known is not None:

@@ -60,7 +60,7 @@ class Watch:
 
         self.how, self.pipeline = how, pipeline
         self.suite = load_suite(how.suite)
-        self.cases = self.suite.prompts.plan(list(targets), how.limit).cases
+        self.cases = self.suite.plan(list(targets), how.limit).cases
         self.counters = self.suite.counters()
         self.detector = self.suite.detector.open()
         self.base = self()

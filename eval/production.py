@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from expunge.eval.cases import Case, Sampling
 from expunge.eval.generators import Generator
+from expunge.eval.reasons import reason
 from expunge.eval.store import ImageStore, Pixels
 from expunge.eval.team import ALONE, Team
 
@@ -25,6 +26,8 @@ def produce(
 ) -> tuple[list[str], int]:
     """Make the pictures that the store lacks; of several processes, each its share.
 
+    A picture that comes out as NaN is not made: the store tells why, and a rerun tries it again.
+
     Returns:
         The key of every case's picture, and how many this process made now.
     """
@@ -36,16 +39,30 @@ def produce(
     done = len(wanted) - len(missing)
     # A terminal shows the progress of the first process; shares are even.
     quiet = None if team.leads else True
+    made = 0
     with tqdm(total=len(wanted), initial=done, desc=label, unit="image", disable=quiet) as bar:
         for sampling, part in _batches(generator, missing):
-            images = generator.generate(
-                [case.prompt for _, case in part], [case.seed for _, case in part], sampling
-            )
-            for (key, case), pixels in zip(part, to_pixels(images), strict=True):
-                store.write(key, pixels, case.prompt, case.seed)
+            drawn = _draw(generator, [case for _, case in part], sampling)
+            for (key, case), pixels in zip(part, drawn, strict=True):
+                if isinstance(pixels, str):
+                    store.fail(key, pixels)
+                else:
+                    store.write(key, pixels, case.prompt, case.seed)
+                    made += 1
                 bar.update()
     team.wait()
-    return keys, len(missing)
+    return keys, made
+
+
+def _draw(generator: Generator, cases: Sequence[Case], sampling: Sampling) -> list[Pixels | str]:
+    """Pictures, or why there is none: one that is NaN costs only itself."""
+    prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+    try:
+        return list(to_pixels(generator.generate(prompts, seeds, sampling)))
+    except FloatingPointError as error:
+        if len(cases) == 1:
+            return [reason(error)]
+        return [_draw(generator, [case], sampling)[0] for case in cases]
 
 
 def _batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from rich.table import Table
 from expunge.eval.card import model_index
 from expunge.eval.cases import Case, Plan, Seen
 from expunge.eval.detectors import protocol_id
-from expunge.eval.grid import Cell, Section, contact_sheet
+from expunge.eval.display import plain
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.page import evaluation_page
 from expunge.eval.reasons import told
 from expunge.eval.runs import SCHEMA_VERSION, Run
+from expunge.eval.sheet import evaluation_sheet
 from expunge.eval.significance import Paired, compare_answers, holm
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
@@ -32,7 +34,6 @@ from expunge.results import (
     write_text_atomic,
 )
 
-COLUMNS = 8
 _STORED_FROM = 0.01
 
 
@@ -79,6 +80,7 @@ class Evaluation:
             if measured.higher_is_better
         }
 
+    @cached_property
     def differences(self) -> dict[str, Paired]:
         """Of what is counted, erased minus base on the same prompts and seeds; p is Holm's."""
         if self.base is None:
@@ -118,9 +120,8 @@ def write_report(evaluation: Evaluation, store: ImageStore, folder: Path) -> dic
     Returns:
         What report.json holds.
     """
-    sheet = _contact_sheet(evaluation, store)
-    save_png(sheet, folder / "grid.png")
     scores = _scores(evaluation)
+    save_png(evaluation_sheet(evaluation, scores["rows"], store), folder / "grid.png")
     write_json_atomic(folder / "scores.json", scores)
     write_text_atomic(folder / "report.md", markdown(evaluation))
     files = {
@@ -159,7 +160,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         },
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
-        "differences": {name: asdict(pair) for name, pair in evaluation.differences().items()},
+        "differences": {name: asdict(pair) for name, pair in evaluation.differences.items()},
         "changed": _measurements(evaluation.changed),
         "breakdown": {
             model: {name: _measurements(rows) for name, rows in outcome.breakdown.items()}
@@ -237,7 +238,7 @@ def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
         cells = [f"`{name}`" if code else name, "high" if measured.higher_is_better else "low"]
         cells += [_shown(outcome.metrics[name]) for outcome in evaluation.outcomes().values()]
         if evaluation.base:
-            cells.append(_percent(relative.get(name)) if name in relative else "")
+            cells.append(plain(relative.get(name)) if name in relative else "")
         rows.append([*cells, str(measured.n)])
     return rows
 
@@ -257,7 +258,7 @@ def _breakdown(evaluation: Evaluation) -> list[str]:
 
 
 def _differences(evaluation: Evaluation) -> list[str]:
-    found = evaluation.differences()
+    found = evaluation.differences
     if not found:
         return []
     header = ["metric", f"{evaluation.label} − base", "p (Holm)", "pairs"]
@@ -268,52 +269,6 @@ def _differences(evaluation: Evaluation) -> list[str]:
         points = f"{100 * x.difference:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"
         lines.append(_row([f"`{name}`", points, f"{x.p:.2g}", str(x.n)]))
     return lines
-
-
-def _contact_sheet(evaluation: Evaluation, store: ImageStore) -> Any:
-    cases = evaluation.plan.cases
-    sections = []
-    for group, title in evaluation.suite.groups.items():
-        places = _chosen(cases, group)
-        if places:
-            rows = {
-                model: [_cell(evaluation.suite, outcome.scores[i], store) for i in places]
-                for model, outcome in evaluation.outcomes().items()
-            }
-            note = _note(evaluation, [q.metric for q in cases[places[0]].questions])
-            sections.append(Section(title, note, [cases[i].prompt for i in places], rows))
-    subtitle = (
-        f"Same prompt and same seed in every column. Suite {evaluation.suite.name} "
-        f"{evaluation.suite.version}, n and 95 % intervals in report.md."
-    )
-    return contact_sheet(evaluation.sheet_title(), subtitle, sections)
-
-
-def _chosen(cases: Sequence[Case], group: str) -> list[int]:
-    """Places of at most `COLUMNS` cases with different prompts, by the hash of the prompt.
-
-    Every n-th case would not do: captions take turns with a period of their own.
-    """
-    first = {case.prompt: i for i, case in reversed([*enumerate(cases)]) if case.group == group}
-    return sorted(first[prompt] for prompt in sorted(first, key=sha256_json)[:COLUMNS])
-
-
-def _cell(suite: Suite, score: Score, store: ImageStore) -> Cell:
-    answers = score.answers.items()
-    wanted = None
-    if all(answer is not None for _, answer in answers):
-        wanted = all(answer == suite.metrics[name].higher_is_better for name, answer in answers)
-    return Cell(store.read(score.picture), wanted)
-
-
-def _note(evaluation: Evaluation, names: Sequence[str]) -> str:
-    notes = []
-    for name in names:
-        values = [
-            f"{m} {_percent(o.metrics[name].value)}" for m, o in evaluation.outcomes().items()
-        ]
-        notes.append(f"{name}: {', '.join(values)}")
-    return "      ".join(notes)
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
@@ -367,15 +322,11 @@ def _shown(measured: Measurement) -> str:
         return "–"
     unknown = f" ({measured.unknown} unknown)" if measured.unknown else ""
     share = measured.unit == "share"
-    value = _percent(measured.value) if share else f"{measured.value:.4g}"
+    value = plain(measured.value) if share else f"{measured.value:.4g}"
     if measured.low is None or measured.high is None:
         return value + unknown
     ends = (f"{100 * x:.1f}" if share else f"{x:.4g}" for x in (measured.low, measured.high))
     return f"{value} [{', '.join(ends)}]{unknown}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ seed, so that a report says the same twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from expunge.results import wilson
 
 DRAWS = 2000
 LEVEL = 0.95
+# Numbers drawn at once: ten thousand draws of ten thousand prompts would be gigabytes.
+AT_ONCE = 1_000_000
 Values = NDArray[np.float64]
 
 
@@ -52,8 +54,8 @@ def cluster_bootstrap(
     if statistic is None:
         # A mean over drawn clusters is a ratio of two sums, so that no sample has to be made.
         sums, sizes = np.bincount(member, x), np.bincount(member)
-        drawn = rng.integers(len(number), size=(draws, len(number)))
-        found = sums[drawn].sum(1) / sizes[drawn].sum(1)
+        parts = (rng.integers(len(number), size=shape) for shape in _blocks(draws, len(number)))
+        found = np.concatenate([sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in parts])
     else:
         rows = [np.flatnonzero(member == i) for i in range(len(number))]
         found = np.array([
@@ -130,35 +132,29 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     return float(stats.binomtest(min(lost, won), lost + won, 0.5).pvalue)
 
 
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence[Hashable],
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The 95 % interval of the mean of b − a, prompts drawn with replacement."""
-    difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
-    return cluster_bootstrap(difference.tolist(), clusters, draws=draws, seed=seed)
-
-
 def paired_interval(
-    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable]
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable]
 ) -> tuple[float, float]:
     """The 95 % interval of the difference of two rates over the same N trials.
 
     Δ̃ ± z √((p̃01 + p̃10 − Δ̃²) / (n + 2)), p̃ = (count + 1) / (n + 2), Δ̃ = p̃01 − p̃10 (Bonett and
     Price 2012, doi:10.3102/1076998611411915): a bootstrap says [−1, −1] where all pairs disagree,
-    of four pairs too. Clustered pairs count as `worth` so many.
+    of four pairs too. Where trials are shares of several answers, Δ̃ counts their differences and
+    p̃01 + p̃10 the squares of these. Clustered pairs count as `worth` so many.
     """
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    n = worth(y - x, clusters)
-    won, lost = float(np.mean(y > x)) * n, float(np.mean(x > y)) * n
-    p01, p10 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    d = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    n = worth(d, clusters)
+    gains, losses = np.maximum(d, 0), np.maximum(-d, 0)
+    difference = _one_more(gains, n) - _one_more(losses, n)
+    square = _one_more(gains**2, n) + _one_more(losses**2, n)
     z = float(stats.norm.ppf(0.5 + LEVEL / 2))
-    half = z * float(np.sqrt((p01 + p10 - (p01 - p10) ** 2) / (n + 2)))
-    return max(-1.0, p01 - p10 - half), min(1.0, p01 - p10 + half)
+    half = z * float(np.sqrt((square - difference**2) / (n + 2)))
+    return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def _one_more(x: Values, n: float) -> float:
+    """(count + 1) / (n + 2), of numbers that n independent trials are worth."""
+    return (float(np.mean(x)) * n + 1) / (n + 2)
 
 
 def sign_flip(
@@ -176,10 +172,14 @@ def sign_flip(
     difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
     number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     D = np.bincount([number[name] for name in clusters], difference)
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, len(D)))
     # What is equal but for rounding counts as at least as far.
-    far = np.abs(signs @ D) >= abs(D.sum()) * (1 - 1e-12)
-    return float((1 + far.sum()) / (1 + draws))
+    least = abs(D.sum()) * (1 - 1e-12)
+    if least == 0:
+        return 1.0
+    rng = np.random.default_rng(seed)
+    signs = (rng.choice((-1.0, 1.0), size=shape) for shape in _blocks(draws, len(D)))
+    far = sum(int((np.abs(part @ D) >= least).sum()) for part in signs)
+    return (1 + far) / (1 + draws)
 
 
 def compare_answers(
@@ -204,16 +204,16 @@ def compare_answers(
     return Paired(float(np.mean(y) - np.mean(x)), low, high, p, len(kept))
 
 
-def compare_values(
+def compare_shares(
     a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Hashable]
 ) -> Paired | None:
-    """The same of numbers: paired bootstrap over prompts and a permutation test of their signs."""
+    """The same where an answer is a share, of several trainings' answers; p permutes prompts."""
     kept = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if None not in (x, y)]
     if not kept:
         return None
     x, y = ([float(side[i] or 0) for i in kept] for side in (a, b))
     names = [clusters[i] for i in kept]
-    low, high = paired_bootstrap(x, y, names)
+    low, high = paired_interval(x, y, names)
     return Paired(float(np.mean(y) - np.mean(x)), low, high, sign_flip(x, y, names), len(kept))
 
 
@@ -257,6 +257,13 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
         raise ValueError(f"got {len(x)} training seeds; allowed: two or more")
     half = float(stats.t.ppf(0.5 + LEVEL / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+
+
+def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Shapes of parts of a matrix, each of about `AT_ONCE` numbers: the same numbers in turn."""
+    step = max(1, AT_ONCE // max(1, width))
+    for start in range(0, rows, step):
+        yield min(step, rows - start), width
 
 
 def _interval(found: Values) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from expunge.errors import UserError
 from expunge.eval.cases import AS_SUITE, Sampling
-from expunge.results import sha256_json, whole_file, write_json_atomic
+from expunge.eval.reasons import MISSING
+from expunge.results import sha256_json, whole_file, write_json_atomic, write_text_atomic
 
 Pixels = NDArray[np.uint8]
 
@@ -99,6 +100,27 @@ class ImageStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as stream:
                 Image.fromarray(pixels).save(stream, "PNG", pnginfo=information)
+            self._failure(key).unlink(missing_ok=True)
+
+    def fail(self, key: str, why: str) -> None:
+        """Keep why a picture could not be made, for all processes that look for it.
+
+        Raises:
+            UserError: The folder cannot be written to, or the disk is full.
+        """
+        with writable(self.root):
+            self._failure(key).parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(self._failure(key), why)
+
+    def why(self, key: str) -> str:
+        """Why there is no picture to read."""
+        try:
+            return self._failure(key).read_text(encoding="utf-8")
+        except OSError:
+            return MISSING
+
+    def _failure(self, key: str) -> Path:
+        return self.path(key).with_suffix(".txt")
 
     def describe(self, identity: Mapping[str, Any]) -> None:
         """Leave a note of what an identity is beside its pictures, for people."""

@@ -43,6 +43,10 @@ PROMPTS = Registry(
 class PromptSource(Protocol):
     """Turns the concept under test into pictures to make and questions to ask."""
 
+    @property
+    def sexual(self) -> bool:
+        """Whether pictures may be: age-coded prompts are never made, contact sheets are blurred."""
+
     def plan(self, concept: list[str], limit: int | None = None) -> Plan:
         """The cases for a concept given as texts, at most ``limit`` per group."""
 
@@ -79,6 +83,23 @@ class Suite:
     judges: dict[str, Judge] = field(
         default_factory=dict, metadata={"help": "second opinions: name -> detector and questions"}
     )
+
+    def plan(self, concept: list[str], limit: int | None = None) -> Plan:
+        """The cases for a concept given as texts, at most ``limit`` per group.
+
+        Raises:
+            UserError: The concept or the prompts are wrong, or a case is of a group or asks for a
+                metric that the suite does not have.
+        """
+        found, counters = self.prompts.plan(concept, limit), self.counters()
+        for case in found.cases:
+            if case.group not in self.groups:
+                raise unknown_name(f"prompt group of suite {self.name}", case.group, self.groups)
+            for question in case.questions:
+                if question.metric not in counters:
+                    kind = f"metric that suite {self.name} asks for"
+                    raise unknown_name(kind, question.metric, counters, "give it such a metric")
+        return found
 
     def counters(self) -> dict[str, Counter]:
         """The metrics that count answers."""

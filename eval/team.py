@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
+from expunge.train.launch import OURS
+
 T = TypeVar("T")
+# While the first one extracts folders and shows metrics all pictures, the others wait for it: gloo
+# would give it half an hour, NCCL ten minutes.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,17 @@ class Team:
     size: int = 1
 
     @classmethod
-    def join(cls) -> Team:
-        """The team that `--processes` or `accelerate launch` started, else this process alone."""
+    def join(cls, device: str = "auto") -> Team:
+        """The team that `--processes` or `accelerate launch` started, else this process alone.
+
+        Args:
+            device: Where the model runs.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=not _cuda())
+        state = PartialState(cpu=on_cpu(device), timeout=PATIENCE)
         return cls(state.process_index, state.num_processes)
 
     @staticmethod
@@ -60,7 +70,13 @@ class Team:
 ALONE = Team()
 
 
-def _cuda() -> bool:
+def on_cpu(device: str) -> bool:
+    """Whether a team meets on the CPU, by gloo.
+
+    NCCL wants a GPU for each process. `--processes` promises none, and they may share one.
+    """
+    if OURS in os.environ or device == "cpu":
+        return True
     import torch
 
-    return torch.cuda.is_available()
+    return not torch.cuda.is_available()

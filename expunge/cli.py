@@ -82,9 +82,7 @@ def run(command: Command, argv: list[str]) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        # Input is the same for all processes of a run; the first one on a machine speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"expunge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _refuse(f"expunge: error: {' '.join(str(error).split())}")
         return 2
     except ProcessLost:
         if "EXPUNGE_LAUNCHED" not in os.environ:  # else the one who watches them speaks
@@ -114,6 +112,22 @@ def run(command: Command, argv: list[str]) -> int:
         else:
             traceback.print_exc()
         return 1
+
+
+def _refuse(line: str) -> None:
+    """Say what is wrong, once for all processes of a run."""
+    # Who watches them says the first line that any of them leaves there: it may be one's own.
+    if where := os.environ.get("EXPUNGE_LAUNCHED"):
+        try:
+            with open(where, "a", encoding="utf-8") as stream:
+                stream.write(f"{line}\n")
+            return
+        except OSError:  # a full disk, say
+            pass
+    # Else input is taken for the same in all of them, and the first one on a machine speaks.
+    elif os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    print(line, file=sys.stderr)
 
 
 def _unread() -> bool:

@@ -223,3 +223,18 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny pipeline of SDXL's shape (two text encoders, added conditions)."""
     return _tiny_sdxl(tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+@pytest.fixture
+def loaded_clips(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Every CLIP that a test makes."""
+    from expunge.clip import Clip
+
+    found, real = [], Clip.__init__
+
+    def recorded(self, *args, **options):
+        real(self, *args, **options)
+        found.append(self)
+
+    monkeypatch.setattr(Clip, "__init__", recorded)
+    return found

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from expunge.errors import ProcessLost, UserError
 GROUPED = (
     "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 )  # fmt: skip
-OURS = "EXPUNGE_LAUNCHED"  # set in processes that `start` watches
+# Set in processes that `start` watches: the file where they leave what is wrong with the input.
+OURS = "EXPUNGE_LAUNCHED"
 RESUME = "the same command with --resume true goes on from the newest checkpoint"
 GRACE = 10.0  # seconds between asking a process to end and killing it
 
@@ -81,7 +83,8 @@ def grouped() -> bool:
 def start(count: int, command: Sequence[str] = (), hint: str = RESUME) -> int:
     """Run a command `count` times as one group; the exit status of the whole.
 
-    When one process fails the others are stopped, and one line says which it was and how it ended.
+    When one process fails the others are stopped, and one line says which it was and how it ended,
+    or what is wrong with the input.
 
     Args:
         count: How many processes.
@@ -91,28 +94,34 @@ def start(count: int, command: Sequence[str] = (), hint: str = RESUME) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), OURS: "1"}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(count):
-            environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            own = command or [sys.executable, *sys.orig_argv[1:]]
-            processes.append(subprocess.Popen(own, env=environment))
-        codes = [process.poll() for process in processes]
-        while any(code is None for code in codes) and not any(codes):
-            time.sleep(0.02)
+    with tempfile.TemporaryDirectory(prefix="expunge-") as folder:
+        said = Path(folder) / "said"
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            for rank in range(count):
+                own = {OURS: str(said), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                words = command or [sys.executable, *sys.orig_argv[1:]]
+                processes.append(subprocess.Popen(words, env={**os.environ, **group, **own}))
             codes = [process.poll() for process in processes]
-    finally:
-        _stop(processes)
-        signal.signal(signal.SIGTERM, before)
+            while any(code is None for code in codes) and not any(codes):
+                time.sleep(0.02)
+                codes = [process.poll() for process in processes]
+        finally:
+            _stop(processes)
+            signal.signal(signal.SIGTERM, before)
+        wrong = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
     # A signal is what began it; those that lost a peer end by themselves.
     failed = sorted((code, i) for i, code in enumerate(codes) if code)
     if not failed:
         return 0
     code, which = failed[0]
-    if code == 2:  # wrong input: its one line is there
+    if code > 0 and wrong:
+        print(wrong[0], file=sys.stderr)
+        return 2
+    if code == 2:  # its one line is there
         return 2
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
     print(

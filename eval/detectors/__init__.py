@@ -71,8 +71,9 @@ class OpenDetector(Protocol):
         """All that determines its answers, as JSON values.
 
         `name` is short, for `protocol_id`; the table's name for it is `detector`. Where there are
-        any: `weights` (their SHA-256), `label set`, `threshold`, `colour order`, and `unusual`,
-        other settings that change answers and are not the defaults.
+        any: `weights` (their SHA-256), `clips` (those of all CLIPs that it sees through, so that
+        none judges what it guided), `label set`, `threshold`, `colour order`, and `unusual`, other
+        settings that change answers and are not the defaults.
         """
 
     def observe(self, images: "Tensor") -> "list[Observation]":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -26,9 +26,7 @@ class DensityDetector:
         metadata={"help": "who judges, with its targets and thresholds"}
     )
     device: str = field(default="cpu", metadata={"help": "where it runs"})
-    threshold: float = field(
-        default=0.5, metadata={"help": "of the label; the density has its own"}
-    )
+    threshold: ClassVar[float] = 0.5  # between the two scores of a label; the density has its own
 
     def open(self) -> OpenDensityDetector:
         """Load the density."""

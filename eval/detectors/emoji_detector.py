@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.eval.cases import Observation
-from expunge.eval.detectors import finite
+from expunge.eval.detectors import check_threshold, finite
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.results import sha256_file
 
@@ -28,8 +28,7 @@ class EmojiDetector:
     threshold: float = field(default=0.5, metadata={"help": "seen from this probability on"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"got threshold {self.threshold}; allowed: a number in (0, 1]")
+        check_threshold(self.threshold)
 
     def open(self) -> OpenEmojiDetector:
         """Load the judge."""

@@ -1,11 +1,12 @@
 """The harness at scale: many prompts, several processes, one kill in the middle.
 
     python scripts/bench/evaluate.py --output_dir D [--prompts 10000] [--steps 25] [--processes 2]
+        [--lora L]
 
-Evaluates the bundled model on captions of its own vocabulary, is killed when half of the pictures
-are there, and goes on. Prints one JSON line last: pictures a second, what resuming cost as a share
-of the whole, memory of a process at a tenth and at the end of the run, seconds of judging and of
-each metric.
+Evaluates the bundled model on captions of its own vocabulary, with a LoRA beside its base as most
+evaluations are, is killed when half of the pictures are there, and goes on. Prints one JSON line
+last: pictures a second, what resuming cost as a share of the whole, memory of a process at a tenth
+and at the end of the run, seconds of judging and of each metric.
 """
 
 from __future__ import annotations
@@ -35,9 +36,17 @@ class Config:
     prompts: int = 10_000
     steps: int = 25
     processes: int = 2
+    lora: str | None = field(
+        default=None, metadata={"help": "of the bundled model; then the base is evaluated too"}
+    )
     metrics: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "more metrics, as a suite has them"}
     )
+
+    @property
+    def pictures(self) -> int:
+        """Of all models."""
+        return self.prompts * (2 if self.lora else 1)
 
 
 @dataclass
@@ -60,7 +69,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"got output folder {config.output_dir}, which exists; choose another")
     config.output_dir.mkdir(parents=True)
     write_suite(config)
-    first = watch(config, stop_at=config.prompts // 2)
+    first = watch(config, stop_at=config.pictures // 2)
     second = watch(config)
     cost = json.loads((config.output_dir / "run" / "cost.json").read_text())
     had = first.pictures[-1][1]
@@ -69,11 +78,12 @@ def main(argv: list[str]) -> None:
     whole = first.seconds + second.seconds
     memory = sorted(first.memory + second.memory)
     print(json.dumps({
-        "prompts": config.prompts, "steps": config.steps, "processes": config.processes,
+        "prompts": config.prompts, "pictures": config.pictures, "steps": config.steps,
+        "processes": config.processes,
         "pictures_per_second": round((had - first.pictures[0][1]) / first.seconds, 3),
         "seconds": round(whole, 1),
         "resume_seconds": round(start, 1), "resume_share": round(start / whole, 4),
-        "megabytes_at_a_tenth": at(memory, config.prompts // 10) >> 20,
+        "megabytes_at_a_tenth": at(memory, config.pictures // 10) >> 20,
         "megabytes_at_the_end": memory[-1][1] >> 20,
         "seconds_of": cost["seconds"], "made_by_the_first_process": cost["generated"],
     }))  # fmt: skip
@@ -102,7 +112,8 @@ def watch(config: Config, stop_at: int | None = None) -> Phase:
     suite = str(config.output_dir / "suite.yaml")
     process = subprocess.Popen(
         [sys.executable, "-m", "expunge.cli", "eval", "--suite", suite, "--model", "emoji",
-         "--concept", "a bomb", "--output_dir", str(folder), "--processes", str(config.processes)],
+         "--concept", "a bomb", "--output_dir", str(folder), "--processes", str(config.processes),
+         *(("--lora", config.lora) if config.lora else ())],
         stdout=log, stderr=log, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
     )  # fmt: skip

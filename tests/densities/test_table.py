@@ -15,6 +15,7 @@ from expunge.concepts import Concept
 from expunge.configuration import dump, load, parse
 from expunge.densities import DENSITIES
 from expunge.densities.base import DensityConfig, HarmDensity
+from expunge.eval.independence import clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +126,15 @@ def test_its_score_has_a_gradient_for_every_picture(row: tuple[str, Holder], dra
 def test_nan_pictures_raise(row: tuple[str, Holder]) -> None:
     with pytest.raises(FloatingPointError):
         build(row[1])(torch.full((1, 3, 32, 32), float("nan")))
+
+
+def test_its_identity_names_every_clip_that_it_sees_through(
+    row: tuple[str, Holder], loaded_clips: list[Any]
+) -> None:
+    loaded_clips.clear()
+    identity = build(row[1]).identity()
+    assert set(clips_of(identity)) == {clip.sha256 for clip in loaded_clips}
+    assert bool(loaded_clips) == (row[0] != "callable")
 
 
 @pytest.mark.gpu

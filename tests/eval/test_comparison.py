@@ -137,3 +137,35 @@ def test_another_base_is_no_base(runs: tuple[Run, Run]) -> None:
     assert found.base is None
     assert {d.against for d in found.differences} == {"a"}
     assert any("different bases" in note for note in found.notes)
+
+
+def test_a_base_that_is_the_others_is_said(runs: tuple[Run, Run]) -> None:
+    a, b = runs
+
+    def without(report: dict[str, Any], rows: list[Any]) -> None:
+        report["base"] = None
+        del report["generators"]["base"]
+
+    alone = edited(b, without)
+    found = compare([Method("a", (a,)), Method("b", (alone,))])
+    assert found.base is a
+    assert any(f"{alone.folder}: evaluated without a base" in note for note in found.notes)
+    assert not any("without a base" in note for note in compare([Method("a", (a,))]).notes)
+
+
+def test_trainings_of_which_all_pairs_flip_are_not_certain(runs: tuple[Run, Run]) -> None:
+    def answering(run: Run, yes: bool) -> Run:
+        def change(report: dict[str, Any], rows: list[Any]) -> None:
+            for i, row in enumerate(rows):
+                row["prompt"] = f"prompt {i}"
+                row["erased"]["answers"] = dict.fromkeys(row["erased"]["answers"], yes)
+
+        return edited(run, change)
+
+    a, b = answering(runs[0], True), answering(runs[1], False)
+    ours = Method("ours", tuple(trained(b, i, 0.0) for i in range(2)))
+    found = compare([Method("a", (a,)), ours]).differences
+    for d in (d for d in found if d.against == "a"):
+        assert d.paired is not None
+        assert d.paired.low == d.paired.difference == -1.0
+        assert d.paired.high > -0.6

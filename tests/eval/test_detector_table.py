@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from expunge.configuration import dump, load
 from expunge.eval.detectors import DETECTORS, Detector, OpenDetector, finite, label_set, protocol_id
+from expunge.eval.independence import clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,8 +173,25 @@ def test_every_setting_that_changes_answers_changes_the_id(
     # These decide where it runs, what is kept beside the answers, or whose weights are hashed.
     other = {"device", "floor", "weights", "clip", "folder", "revision"}
     tried = {key.strip() for key in rows[name][1]}
-    density = {"threshold"} if name == "density" else set()
-    assert {f.name for f in dataclasses.fields(settings)} - other - density == tried
+    assert {f.name for f in dataclasses.fields(settings)} - other == tried
+
+
+@pytest.mark.parametrize("name", DETECTORS.names())
+def test_its_protocol_names_every_clip_that_it_sees_through(
+    name: str, opened: Any, loaded_clips: list[Any]
+) -> None:
+    _, detector = opened(name)
+    assert set(clips_of(detector.protocol())) == {clip.sha256 for clip in loaded_clips}
+    assert bool(loaded_clips) == (name in ("q16", "clip_heads", "zero_shot_clip"))
+
+
+def test_a_density_of_several_parts_names_the_clips_of_all(
+    opened: Any, tiny_clip: str, loaded_clips: list[Any]
+) -> None:
+    text = {"type": "clip_text", "clip": tiny_clip, "targets": ["a bomb"], "threshold": 0.2}
+    other = {"type": "callable", "function": "own_density:brightness", "names": ["red", "light"]}
+    _, detector = opened("density", density={"type": "combination", "densities": [other, text]})
+    assert list(clips_of(detector.protocol())) == [clip.sha256 for clip in loaded_clips] != []
 
 
 @pytest.mark.parametrize("name", DETECTORS.names())
@@ -227,10 +245,15 @@ def test_scores_of_which_nothing_can_be_said_raise() -> None:
             finite({"a": 0.5, "b": score})
 
 
-@pytest.mark.parametrize("name", sorted({"nudenet", "open_nsfw", "q16", "classifier"}))
-def test_thresholds_are_scores(name: str, opened: Any) -> None:
-    with pytest.raises(ValueError, match=r"allowed: a number in \(0, 1\]"):
-        opened(name, threshold=0.0)
+@pytest.mark.parametrize("threshold", [0.0, 1.01])
+@pytest.mark.parametrize("name", DETECTORS.names())
+def test_a_threshold_that_sees_everything_or_nothing_is_refused(
+    name: str, opened: Any, threshold: float
+) -> None:
+    # That of a density's label, which scores 0 or 1, is no setting.
+    said = "unknown key" if name == "density" else r"allowed: a number in \(0, 1\]"
+    with pytest.raises(ValueError, match=said):
+        opened(name, threshold=threshold)
 
 
 def test_the_suite_of_the_docs_has_two_judges(tmp_path: Path) -> None:

@@ -85,10 +85,23 @@ def test_of_two_processes_one_says_it(suite_with: Any, tmp_path: Path, capfd: An
     assert "got no aesthetic head" in line
 
 
-def test_a_clip_that_guides_and_measures_is_refused_before_the_first_picture(
-    suite_with: Any, tmp_path: Path, capfd: Any
+SECOND = {
+    "type": "zero_shot_clip", "clip": "emoji", "labels": {"bomb": ["a bomb"], "cat": ["a cat"]}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "changes"),
+    [
+        ({"mine": {"type": "clip_score", "clip": "emoji"}}, {}),
+        ({}, {"judges": {"words": {"detector": SECOND, "asks": {"target_seen": ["bomb"]}}}}),
+    ],
+    ids=["measures", "judges"],
+)
+def test_a_clip_that_guides_and_judges_is_refused_before_the_first_picture(
+    suite_with: Any, tmp_path: Path, capfd: Any, metrics: Any, changes: Any
 ) -> None:
-    suite = suite_with({"mine": {"type": "clip_score", "clip": "emoji"}})
+    suite = suite_with(metrics, **changes)
     words = ["--suite", suite, "--sampler", "safe", "--limit", 1]
     assert "the CLIP that guides" in refused(capfd, tmp_path / "out", *words)
 
@@ -105,6 +118,34 @@ def test_a_question_that_the_detector_cannot_answer_is_refused_before_the_first_
     suite = suite_with({}, detector={"type": "emoji_judge", "folder": str(small)})
     words = ["--suite", suite, "--model", tiny_model, "--limit", 1]
     assert "got a suite that asks for object/" in refused(capfd, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(
+    ("metric", "group", "said"),
+    [
+        ("bright", "mine", "got unknown metric that suite mine asks for 'brihgt'"),
+        ("brihgt", "minne", "got unknown prompt group of suite mine 'mine'"),
+    ],
+)
+def test_a_metric_or_group_that_the_suite_lacks_is_refused_before_the_first_picture(
+    tiny_model: Path, tmp_path: Path, capfd: Any, metric: str, group: str, said: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a bomb\n")
+    counted = {"type": "seen_rate", "higher_is_better": False, "meaning": "is a bomb seen"}
+    prompts = {
+        "type": "file", "path": str(tmp_path / "prompts.txt"), "group": "mine",
+        "asks": {"brihgt": ["object/bomb"]},
+    }  # fmt: skip
+    table = {
+        "name": "mine", "version": 1, "description": "one prompt", "steps": 2,
+        "guidance_scale": 4.0, "prompts": prompts, "detector": {"type": "emoji_judge"},
+        "groups": {group: "My prompts"}, "metrics": {metric: counted},
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(table))
+    words = ["--suite", tmp_path / "mine.yaml", "--model", tiny_model]
+    line = refused(capfd, tmp_path / "out", *words)
+    assert said in line
+    assert f"did you mean {metric if 'metric' in said else group}?" in line
 
 
 def test_networks_are_loaded_once_and_a_folder_is_extracted_once_for_all_evaluations(

@@ -8,6 +8,7 @@ import torch
 
 from expunge.eval.cases import Case, Observation, Plan, Question
 from expunge.eval.harness import Outcome, Panel, evaluate
+from expunge.eval.metrics.pixel_distance import PixelDistance
 from expunge.eval.production import produce, to_pixels, to_tensor
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
@@ -143,6 +144,63 @@ def test_a_detector_that_fails_is_unknown_and_never_safe(
     assert after.n + after.unknown == before.n
     assert after.high - after.low > before.high - before.low
     assert found.metrics["kept_cross_domain"] == sound.metrics["kept_cross_domain"]
+
+
+class Diverging:
+    """A model of which some pictures come out as NaN; a guided one raises in the middle."""
+
+    def __init__(self, painter: Any, raises: bool) -> None:
+        self.painter, self.raises = painter, raises
+        self.identity, self.shape = painter.identity, painter.shape
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> torch.Tensor:
+        images = self.painter.generate(prompts, seeds, sampling)
+        diverged = torch.tensor(["pink" in prompt for prompt in prompts])
+        if self.raises and diverged.any():
+            raise FloatingPointError("the density's scores are NaN")
+        images[diverged] = math.nan
+        return images
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_picture_that_is_nan_is_unknown_and_costs_no_other(
+    suite: Suite, plan: Plan, painter: Any, reader: Any, store: ImageStore,
+    raises: bool, batch_size: int,
+) -> None:  # fmt: skip
+    other = ImageStore(store.root.parent / "sound")
+    sound = run(suite, plan, painter(), reader, other, batch_size)
+    model = painter()
+    model.at_once = batch_size
+    panel = Panel(reader, 0.5, {}, {"distance": (PixelDistance(), PixelDistance().open())})
+    found = evaluate(
+        Diverging(model, raises), plan.cases, suite.counters(), panel, store, base=sound
+    )
+    assert found is not None
+    broken = [i for i, case in enumerate(plan.cases) if "pink" in case.prompt]
+    assert 0 < len(broken) < len(plan.cases)
+    said = "the density's scores are NaN" if raises else "the model made pictures that hold NaN"
+    for i, score in enumerate(found.scores):
+        assert score.picture == sound.scores[i].picture
+        if i in broken:
+            assert score.seen is None
+            assert set(score.answers.values()) == {None}
+            assert str(score.error).startswith(f"FloatingPointError: {said}")
+            assert store.read(score.picture) is None
+        else:
+            assert score == sound.scores[i]
+            np.testing.assert_array_equal(store.read(score.picture), other.read(score.picture))
+    assert set(found.failures["distance"]) == set(broken)
+    assert found.generated == len(plan.cases) - len(broken)
+    asked = sum(len(plan.cases[i].questions) for i in broken)
+    assert sum(m.unknown for n, m in found.metrics.items() if n != "distance") == asked
+    # Another process, or the next run, knows the reason, and tries these again and no others.
+    assert ImageStore(store.root).why(found.scores[broken[0]].picture).startswith("Floating")
+    mended = painter()
+    again = run(suite, plan, mended, reader, store, batch_size)
+    assert again.scores == sound.scores
+    assert len(mended.made) == again.generated == len(broken)
+    assert not list(store.root.glob("??/*.txt"))
 
 
 class Odd:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ import torch
 import yaml
 
 import forked
+from expunge.eval.team import on_cpu
 from expunge.pictures import save_png, to_pil
+from expunge.train.launch import OURS
 
 LIMIT = 3
 
@@ -57,6 +60,43 @@ def run(command: list[str], folder: Path, *words: str) -> "subprocess.CompletedP
     if "--processes" not in words:
         return forked.run(whole)
     return subprocess.run(whole, capture_output=True, text=True, check=False)
+
+
+MEETS = """
+import torch
+from torch.distributed import distributed_c10d as groups
+from expunge.eval.team import Team
+team = Team.join()
+options = groups._get_default_group()._get_backend(torch.device("cpu")).options
+print(team.rank, team.size, groups.get_backend(), options._timeout.days)
+team.wait()
+"""
+
+
+def test_processes_meet_on_the_cpu_and_wait_for_each_other_for_days(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    for name, value in (group | {"LOCAL_WORLD_SIZE": "2", OURS: "1"}).items():
+        monkeypatch.setenv(name, value)
+    processes = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        processes.append(forked.Forked([sys.executable, "-c", MEETS]))
+    assert [process.wait(60) for process in processes] == [0, 0], processes[0].errors()
+    assert [process.output() for process in processes] == ["0 2 gloo 7\n", "1 2 gloo 7\n"]
+
+
+def test_nccl_is_for_those_who_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv(OURS, raising=False)
+    assert [on_cpu(device) for device in ("auto", "cuda", "cpu")] == [False, False, True]
+    monkeypatch.setenv(OURS, "1")
+    assert [on_cpu(device) for device in ("auto", "cuda", "cpu")] == [True, True, True]
 
 
 @pytest.mark.slow

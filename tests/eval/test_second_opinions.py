@@ -127,7 +127,7 @@ def test_a_metric_sees_the_pictures_of_its_groups_beside_the_bases(
     text = markdown(Evaluation(suite, plan, False, "x", "erased", erased, base, {}))
     value = erased.metrics["bright"].value
     assert f"{value:.4g} [{value:.4g}, {value:.4g}]" in text
-    assert "bright" not in Evaluation(suite, plan, False, "", "e", erased, base, {}).differences()
+    assert "bright" not in Evaluation(suite, plan, False, "", "e", erased, base, {}).differences
 
 
 def test_a_picture_on_which_a_metric_fails_is_unknown(
@@ -189,14 +189,14 @@ def test_differences_are_paired_and_corrected_for_their_number(
     base = run(suite, plan, painter(), panel, tmp_path)
     erased = run(suite, plan, painter("object/bomb"), panel, tmp_path)
     told = Evaluation(suite, plan, False, "x", "erased", erased, base, {})
-    found = told.differences()
+    found = told.differences
     assert found["target_seen"].difference == -1.0
     # Twelve pairs that all disagree: 2 / 2^12, one of six tests.
     assert found["target_seen"].p == pytest.approx(6 * 2 / 2**12)
     assert found["kept_style"].difference == 0.0
     assert found["kept_style"].p == 1.0
     assert "| `target_seen` | -100.0 [-100.0, -58.7] | 0.0029 | 12 |" in markdown(told)
-    assert Evaluation(suite, plan, False, "x", "model", erased, None, {}).differences() == {}
+    assert Evaluation(suite, plan, False, "x", "model", erased, None, {}).differences == {}
 
 
 def test_a_judge_that_is_asked_what_it_cannot_tell_is_one_line(suite: Suite) -> None:

@@ -1,6 +1,7 @@
 """Intervals and tests against scipy, statsmodels, closed forms and simulation."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from expunge.eval import significance
 from expunge.eval.significance import (
     cluster_bootstrap,
     clustered_wilson,
     compare_answers,
-    compare_values,
+    compare_shares,
     holm,
     mcnemar,
     over_seeds,
@@ -131,15 +133,49 @@ def test_answers_are_compared_where_both_are_known() -> None:
     assert repeated.p == pytest.approx(0.25, abs=0.02)
 
 
-def test_values_are_compared_in_pairs() -> None:
-    rng = np.random.default_rng(4)
-    a = rng.normal(size=60)
-    found = compare_values(a.tolist(), (a + 0.5).tolist(), range(60))
-    assert found is not None
-    assert (found.difference, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+def test_shares_are_compared_in_pairs() -> None:
+    """Of three trainings, on sixty pictures: wider than the truth, and never without width."""
+    rng, hits = np.random.default_rng(4), 0
+    for _ in range(300):
+        a = rng.binomial(3, 0.9, size=60) / 3
+        b = rng.binomial(3, 0.4, size=60) / 3
+        found = compare_shares(a.tolist(), b.tolist(), range(60))
+        assert found is not None
+        hits += found.low <= -0.5 <= found.high
+        assert found.low < found.difference < found.high
+    assert hits / 300 > 0.93
     assert found.p < 1e-3
-    nothing = compare_values([1.0, None], [None, 2.0], "ab")
-    assert nothing is None
+    flipped = compare_shares([1.0] * 4, [0.0] * 4, range(4))
+    assert flipped is not None
+    assert (flipped.low, flipped.high) == paired_interval([True] * 4, [False] * 4, range(4))
+    assert flipped.high > -0.6
+    assert compare_shares([1.0, None], [None, 0.5], "ab") is None
+
+
+def test_draws_in_blocks_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.random(90), rng.random(90)
+    names = [i // 3 for i in range(90)]
+    D = np.bincount(names, b - a)
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(10_000, 30))
+    far = (np.abs(signs @ D) >= abs(D.sum()) * (1 - 1e-12)).sum()
+    drawn = np.random.default_rng(0).integers(30, size=(2000, 30))
+    means = np.bincount(names, a)[drawn].sum(1) / np.bincount(names)[drawn].sum(1)
+    for at_once in (1, 100, 7_777, 10**9):
+        monkeypatch.setattr(significance, "AT_ONCE", at_once)
+        assert sign_flip(a, b, names) == (1 + far) / 10_001
+        assert cluster_bootstrap(a, names) == tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def test_many_prompts_take_little_memory() -> None:
+    changed = np.arange(8000) % 5 == 0
+    names = np.repeat(np.arange(4000), 2).tolist()
+    tracemalloc.start()
+    sign_flip(changed, changed[::-1] * 0.5, names, draws=2000)
+    cluster_bootstrap(changed.astype(float), names)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60e6
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from expunge import adapters
+from expunge.cli import run as run_command
 from expunge.concepts import Concept
 from expunge.configuration import dump
 from expunge.errors import UserError
@@ -160,6 +162,37 @@ def test_several_that_cannot_be_counted_are_refused(monkeypatch) -> None:
         launch_module.wanted()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch_module.wanted() == 1
+
+
+WRONG = """
+import os, sys, time
+from expunge.cli import run
+from expunge.errors import UserError
+
+def command(argv):
+    if os.environ["RANK"] in argv:
+        raise UserError(f"got process {os.environ['RANK']}")
+    time.sleep(60)
+
+sys.exit(run(command, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0", "1", "01", "12"])
+def test_what_is_wrong_for_any_process_is_one_line(capfd, ranks: str) -> None:
+    assert launch_module.start(3, [sys.executable, "-c", WRONG, *ranks]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(f"expunge: error: got process [{ranks}]", line)
+
+
+def test_what_is_wrong_is_said_though_it_cannot_be_passed_on(monkeypatch, capfd, tmp_path) -> None:
+    def command(argv):
+        raise UserError("got a full disk")
+
+    monkeypatch.setenv(launch_module.OURS, str(tmp_path / "none" / "said"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command(command, []) == 2
+    assert capfd.readouterr().err == "expunge: error: got a full disk\n"
 
 
 def test_wrong_input_is_one_line_for_all_processes(tmp_path) -> None:

@@ -1,7 +1,9 @@
 """Pictures of the bundled model, and noise to spoil them with."""
 
+import json
 from collections.abc import Callable
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
@@ -38,3 +40,26 @@ def spoiled(emoji: tuple[list[Case], Tensor]) -> Callable[[float], Tensor]:
         return (emoji[1] + strength * noise).clamp(-1, 1)
 
     return spoil
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small CLIP that open_clip knows by name, as it knows ViT-H-14."""
+    folder = tmp_path_factory.mktemp("architectures")
+    (folder / "ViT-tiny-hps.json").write_text(
+        json.dumps(
+            {
+                "embed_dim": 16,
+                "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+                "text_cfg": {
+                    "context_length": 77,
+                    "vocab_size": 49408,
+                    "width": 32,
+                    "heads": 2,
+                    "layers": 1,
+                },
+            }
+        )
+    )
+    open_clip.add_model_config(folder)
+    return "ViT-tiny-hps"

@@ -1,6 +1,5 @@
 """The aesthetic score and HPSv2 on small networks of the real classes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +73,6 @@ def test_a_head_of_another_clip_or_a_broken_or_missing_one_is_one_line(
         with pytest.raises(UserError, match=says) as error:
             Aesthetic(head=file, clip=tiny_clip).open()
         assert "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small CLIP that open_clip knows by name, as it knows ViT-H-14."""
-    folder = tmp_path_factory.mktemp("architectures")
-    (folder / "ViT-tiny-hps.json").write_text(
-        json.dumps(
-            {
-                "embed_dim": 16,
-                "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-                "text_cfg": {
-                    "context_length": 77,
-                    "vocab_size": 49408,
-                    "width": 32,
-                    "heads": 2,
-                    "layers": 1,
-                },
-            }
-        )
-    )
-    open_clip.add_model_config(folder)
-    return "ViT-tiny-hps"
 
 
 def test_hps_is_a_hundred_cosines_of_the_checkpoint(

@@ -1,17 +1,24 @@
 """What holds for every row of the table: defaults, round trip, protocol; and the page about it."""
 
+import dataclasses
 import inspect
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import open_clip
 import pytest
+import torch
 
 from expunge.configuration import dump
 from expunge.errors import UserError
+from expunge.eval.features import FEATURES
+from expunge.eval.independence import clips_of
 from expunge.eval.metrics import METRICS, Batch
+from expunge.eval.metrics.aesthetic import AestheticHead
 from expunge.eval.suite import Suite, load_suite
+from expunge.pictures import save_png, to_pil
 from expunge.schema import Context, decode, encode
 from picture_metrics import measured
 
@@ -66,6 +73,48 @@ def test_any_extractor_goes_with_the_distances(name: str) -> None:
     for metric in ("fid", "kid", "cmmd", "vendi"):
         settings = read({"type": metric, "extractor": name})
         assert encode(settings, HINT)["extractor"]["type"] == name
+
+
+@pytest.fixture
+def seeing(tiny_clip: str, architecture: str, tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Settings with which each row that can see through a CLIP does."""
+    features = {"extractor": {"type": "clip", "clip": tiny_clip}}
+    texts = {"object/bomb": ["a bomb"], "object/cat": ["a cat"]}
+    torch.save(AestheticHead(16).state_dict(), tmp_path / "head.pth")
+    torch.save(open_clip.create_model(architecture).state_dict(), tmp_path / "hps.pt")
+    pixels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (tmp_path / "folder").mkdir()
+    save_png(to_pil(pixels), tmp_path / "folder" / "0.png")
+    copied = {"reference": str(tmp_path / "folder"), "threshold": 0.5}
+    return dict.fromkeys(("fid", "kid", "cmmd", "vendi"), features) | {
+        "clip_score": {"clip": tiny_clip},
+        "aesthetic": {"head": str(tmp_path / "head.pth"), "clip": tiny_clip},
+        "hps": {"checkpoint": str(tmp_path / "hps.pt"), "architecture": architecture},
+        "memorisation": features | copied,
+        "bias": {"detector": {"type": "zero_shot_clip", "clip": tiny_clip, "labels": texts}},
+    }
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_its_protocol_names_every_clip_that_it_sees_through(
+    name: str, seeing: Any, loaded_clips: list[Any]
+) -> None:
+    if name not in seeing:
+        fields = {f.name for f in dataclasses.fields(METRICS.load(name))}
+        assert not fields & {"clip", "architecture", "extractor", "detector"}
+        return
+    protocol = read({"type": name, **seeing[name]}).open().protocol()
+    assert set(clips_of(protocol)) == {clip.sha256 for clip in loaded_clips} != set()
+
+
+@pytest.mark.parametrize("name", FEATURES.names())
+def test_an_extractor_that_takes_a_clip_names_it(
+    name: str, tiny_clip: str, loaded_clips: list[Any]
+) -> None:
+    row = FEATURES.load(name)
+    if "clip" in {f.name for f in dataclasses.fields(row)}:
+        protocol = row(clip=tiny_clip).open().protocol()
+        assert set(clips_of(protocol)) == {clip.sha256 for clip in loaded_clips} != set()
 
 
 def test_a_misspelt_extractor_or_formula_is_one_line() -> None:
