@@ -144,7 +144,7 @@ def ask(config: AttackConfig) -> Asked:
     from expunge.eval.suite import load_suite
 
     suite = load_suite(config.suite)
-    plan = suite.prompts.plan(config.concept_texts(), config.limit)
+    plan = suite.plan(config.concept_texts(), config.limit)
     cases = _cases(config, suite, plan)
     _require_one(config.attack, plan, cases)
     if sexual := gate.holds(suite, plan, config.attack):

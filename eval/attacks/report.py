@@ -162,4 +162,5 @@ def _cell(arena: Arena, row: Mapping[str, Any], which: str, seen: bool | None) -
     key = row["pictures"][which]
     # Without the concept is as wanted, but of the base, which shall show it.
     wanted = None if seen is None else seen is (which == "base")
-    return Cell(arena.store.read(key) if key else None, wanted)
+    pixels = arena.store.read(key) if key else None
+    return Cell(pixels, wanted, blurred=arena.sexual and seen is not False)

@@ -13,7 +13,7 @@ from expunge.concepts import Concept
 from expunge.errors import UserError
 from expunge.eval import cases
 from expunge.eval.age_gate import REASON, is_age_coded, refuses
-from expunge.eval.attacks import ATTACKS, gate, white_box
+from expunge.eval.attacks import ATTACKS, gate, report, white_box
 from expunge.eval.attacks.arena import Trial
 from expunge.eval.attacks.concept_inversion import ConceptInversion
 from expunge.eval.attacks.paraphrase import Paraphrase
@@ -126,6 +126,14 @@ def test_a_token_starts_from_words_that_pass(arena: Any) -> None:
     assert first != second
     assert first == how._inversion(field, 0).initial
     assert not is_age_coded(first)
+
+
+def test_its_sheet_blurs_what_shows_the_concept_or_may(arena: Any) -> None:
+    row = {"pictures": {"after": None}}
+    for sexual in (True, False):
+        field = arena(sexual=sexual)
+        blurred = [report._cell(field, row, "after", seen).blurred for seen in (True, None, False)]
+        assert blurred == [sexual, sexual, False]
 
 
 def test_a_concept_or_setting_with_such_words_is_refused_in_one_line(
