@@ -88,7 +88,7 @@ def cell(config: Config, name: str, seed: int) -> dict[str, Any]:
     for case in json.loads((report / "scores.json").read_text())["rows"]:
         if "target_seen" in case["erased"]["answers"]:
             target = concept.target_in(case["prompt"])
-            seen[target].append(case["erased"]["answers"]["target_seen"])
+            seen[target].append((case["erased"]["answers"]["target_seen"], case["prompt"]))
     return found | {"seen": seen}
 
 
@@ -101,8 +101,9 @@ def table(cells: Cells) -> str:
     for name, runs in groups.items():
         line = [name, str(len(runs))]
         for target in TARGETS:
-            answers = [answer for x in runs for answer in x["seen"][target]]
-            line.append(f"{percent(rate(answers).to_dict())} of {len(answers)}")
+            shots = [shot for x in runs for shot in x["seen"][target]]
+            found = rate([seen for seen, _ in shots], [prompt for _, prompt in shots])
+            line.append(f"{percent(found.to_dict())} of {len(shots)}")
         for metric in KEPT:
             ours, base = (
                 sum((x[kind][metric]["value"] or 0) * x[kind][metric]["n"] for x in runs)
