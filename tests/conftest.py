@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # First what takes minutes: at the end one worker would be left alone with it.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _tiny_tokenizer():

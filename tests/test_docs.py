@@ -105,6 +105,7 @@ def test_the_settings_of_the_page_on_training_go_together(tmp_path) -> None:
     assert load(TrainConfig, tmp_path / "small.yaml").base_precision == "nf4"
 
 
+@pytest.mark.slow
 def test_the_page_on_feedback_runs(tmp_path) -> None:
     """But the command that waits for key presses, which tests/feedback runs."""
     (tmp_path / "models").symlink_to(ROOT / "models")

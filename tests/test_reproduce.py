@@ -66,6 +66,7 @@ def test_the_table_of_samplers(tmp_path, quick) -> None:
     assert "| negative prompt |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) -> None:
     arguments = ("--only", "UCE", "--concepts", "bomb; ink", "--limit", "1")
     done = run("erasure_table.py", *arguments, "--output_dir", str(tmp_path))
@@ -95,6 +96,7 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) -> None:
     done = run(
         "several.py", "--only", "the three together; one training, balanced", "--seeds", "1",
@@ -118,6 +120,7 @@ def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) ->
     assert alone.latents.refresh == 1000
 
 
+@pytest.mark.slow
 def test_the_gate_and_the_gradient_are_targets_of_one_recipe(tmp_path) -> None:
     done = run(
         "gates.py", "--only", "gradient, gate", "--limit", "1", "--steps", "1", "--output_dir",

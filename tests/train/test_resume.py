@@ -31,6 +31,7 @@ def launch(arguments: list[str]) -> Forked:
     return Forked([sys.executable, "-c", SCRIPT, *arguments], ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["esd", "sdd", "esd-together", "ablation-noise"],
