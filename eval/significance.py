@@ -66,36 +66,50 @@ def cluster_bootstrap(
 
 
 def clustered_wilson(
-    successes: Sequence[bool], clusters: Sequence[Hashable]
+    answers: Sequence[bool | None], clusters: Sequence[Hashable]
 ) -> tuple[float, float]:
     """Wilson's interval of a rate whose trials come in clusters, such as pictures of one prompt.
 
-    Clustered trials say as much as n / d independent ones, d = max(1, V_clusters / V) with
-    V = p (1 − p) / n and V_clusters = C / (C − 1) · Σ_c (s_c − p n_c)² / n² over C clusters of n_c
-    trials and s_c successes (Kish's design effect; the interval after Korn and Graubard 1998). A
-    bootstrap would say [0, 0] of a rate of 0; there, and at 1, and of one cluster, the number of
-    clusters takes the place of n / d. With a cluster for each trial this is Wilson's own interval.
+    The trials count as `worth` so many independent ones (the interval after Korn and Graubard
+    1998). An answer that is None may be either: the ends are those of no such trial being a success
+    and of all, and the trials are worth the less of the two.
     """
-    x = np.asarray(successes, np.float64)
-    if not len(x):
+    if not len(answers):
         return wilson(0, 0)
-    n, p = worth(x, clusters), float(x.mean())
-    return wilson(p * n, n)
+    least = np.array([answer is True for answer in answers], np.float64)
+    most = np.array([answer is not False for answer in answers], np.float64)
+    n = min(worth(x, clusters) for x in (least, most))
+    return wilson(float(least.mean()) * n, n)[0], wilson(float(most.mean()) * n, n)[1]
 
 
-def worth(values: Values, clusters: Sequence[Hashable]) -> float:
-    """How many independent trials N clustered numbers are worth, N / d: see `clustered_wilson`."""
+def worth(
+    values: Values, clusters: Sequence[Hashable], ends: tuple[float, float] = (0.0, 1.0)
+) -> float:
+    """How many independent trials N clustered numbers are worth, N / d.
+
+    d = max(1, Σ_c (s_c − x̄ n_c)² / Σ_i (x_i − x̄)²) over clusters of n_c numbers and sum s_c (Kish's
+    design effect). Few differences say little of how alike those of a cluster are, so that two
+    clusters of average size are added, one at each end (as successes and failures are by Agresti
+    and Coull 1998): without any difference the clusters count, not the numbers. With a cluster for
+    each number it is N.
+
+    Args:
+        values: N numbers.
+        clusters: Which cluster each belongs to.
+        ends: The least and the most that a number can be.
+    """
     number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    n, C = len(values), len(number)
-    spread = float(values.var())
-    if n == C:
+    n, added = len(values), np.array(ends)
+    if n == len(number):
         return n
-    if spread == 0 or C == 1:
-        return C
+    size = n / len(number)
     member = [number[name] for name in clusters]
-    sums, sizes = np.bincount(member, values), np.bincount(member)
-    variance = C / (C - 1) * float(((sums - values.mean() * sizes) ** 2).sum()) / n**2
-    return n / max(1.0, variance / (spread / n))
+    sums = np.append(np.bincount(member, values), added * size)
+    sizes = np.append(np.bincount(member), [size, size])
+    mean = sums.sum() / sizes.sum()
+    within = ((values - mean) ** 2).sum() + size * ((added - mean) ** 2).sum()
+    between = ((sums - mean * sizes) ** 2).sum()
+    return n / max(1.0, float(between / within))
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ def paired_interval(
     p̃01 + p̃10 the squares of these. Clustered pairs count as `worth` so many.
     """
     d = np.asarray(b, np.float64) - np.asarray(a, np.float64)
-    n = worth(d, clusters)
+    n = worth(d, clusters, (-1.0, 1.0))
     gains, losses = np.maximum(d, 0), np.maximum(-d, 0)
     difference = _one_more(gains, n) - _one_more(losses, n)
     square = _one_more(gains**2, n) + _one_more(losses**2, n)

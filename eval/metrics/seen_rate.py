@@ -44,6 +44,5 @@ class SeenRate:
         if not n:
             return plain
         names = range(len(answers)) if clusters is None else clusters
-        low, _ = clustered_wilson([answer is True for answer in answers], names)
-        _, high = clustered_wilson([answer is not False for answer in answers], names)
+        low, high = clustered_wilson(answers, names)
         return replace(plain, low=low, high=high)

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from expunge.eval.metrics.seen_rate import SeenRate
@@ -23,6 +25,20 @@ def test_the_interval_holds_whatever_the_unknown_pictures_show(seen: int, unknow
     for shown in range(unknown + 1):
         whole = RATE.compute([*answers, *[True] * shown, *[False] * (unknown - shown)])
         assert found.low <= whole.low <= whole.high <= found.high
+
+
+def test_so_it_does_where_prompts_repeat() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        n = rng.randint(10, 80)
+        prompts = [rng.randrange(rng.randint(2, n)) for _ in range(n)]
+        share = rng.random() ** 3
+        answers = [None if rng.random() < 0.15 else rng.random() < share for _ in range(n)]
+        found = RATE.compute(answers, prompts)
+        for told in (True, False):
+            whole = RATE.compute([told if x is None else x for x in answers], prompts)
+            assert found.value is None or found.low - 1e-9 <= whole.low
+            assert found.value is None or whole.high <= found.high + 1e-9
 
 
 def test_nothing_judged_is_no_number() -> None:

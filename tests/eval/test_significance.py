@@ -87,13 +87,23 @@ def test_pictures_of_one_prompt_are_no_independent_trials() -> None:
 
 def test_a_clustered_rate_of_zero_says_as_much_as_its_prompts() -> None:
     names = [i // 10 for i in range(100)]
-    assert clustered_wilson([False] * 100, names) == wilson(0, 10)
-    assert clustered_wilson([True] * 100, names) == wilson(10, 10)
+    assert clustered_wilson([False] * 100, names) == pytest.approx(wilson(0, 10))
+    assert clustered_wilson([True] * 100, names) == pytest.approx(wilson(10, 10))
     assert clustered_wilson([True, False, False], "abc") == wilson(1, 3)
     assert clustered_wilson([], []) == (0.0, 1.0)
-    assert clustered_wilson([True, False], "aa") == wilson(0.5, 1)
     # Prompts that all behave alike say as much as all their pictures.
     assert worth(np.tile([1.0, 0.0], 50), np.repeat(np.arange(50), 2).tolist()) == 100
+
+
+@pytest.mark.parametrize(("n", "prompts"), [(300, 30), (100, 51), (400, 8)])
+def test_one_success_does_not_make_the_trials_independent(n: int, prompts: int) -> None:
+    names = [i % prompts for i in range(n)]
+    _, none = clustered_wilson([False] * n, names)
+    low, one = clustered_wilson([True] + [False] * (n - 1), names)
+    assert one > 0.95 * none
+    assert low < 1 / n
+    _, unknown = clustered_wilson([None] + [False] * (n - 1), names)
+    assert unknown >= max(one, none)
 
 
 def test_the_interval_of_a_paired_difference_holds_it() -> None:
