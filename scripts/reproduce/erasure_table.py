@@ -39,14 +39,17 @@ CONFIGS = ROOT / "configs" / "train"
 
 @dataclass(frozen=True)
 class Method:
-    """A configuration about a bomb, and whether another seed gives another adapter."""
+    """A configuration about a bomb, what is said to it, and whether its seed changes anything."""
 
     config: str
     seeded: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS = {
     "density": Method("emoji_bomb_density.yaml"),
+    # What is left of it when p_h moves nothing: its closed form, and the anchor distilled.
+    "density, strength 0": Method("emoji_bomb_density.yaml", settings={"objective.strength": 0.0}),
     "twin": Method("emoji_bomb_twin.yaml"),
     "ESD": Method("emoji_bomb_esd.yaml"),
     "SDD": Method("emoji_bomb_sdd.yaml"),
@@ -54,6 +57,11 @@ METHODS = {
     "SDD, published": Method("emoji_bomb_sdd_published.yaml"),
     "UCE": Method("emoji_bomb_uce.yaml", seeded=False),
     "RECE": Method("emoji_bomb_rece.yaml", seeded=False),
+    "ablation": Method("emoji_bomb_ablation.yaml"),
+    "slider": Method("emoji_bomb_slider.yaml"),
+    "SPM": Method("emoji_bomb_spm.yaml"),
+    # Of a token, not of a word: of "pictures".
+    "HFI": Method("emoji_bomb_hfi.yaml"),
 }
 OBJECTS = ("bomb", "sword", "cigarette", "syringe", "skull", "ghost", "cat face", "rocket")
 STYLE_TEMPLATES = ["a key in {} style", "a cat face in {} style", "{} drawing of a car",
@@ -193,7 +201,8 @@ def settings_of(method: str, subject: Subject) -> dict[str, Any]:
             settings[f"{part}.{key}"] = kept
     if "preserve.templates" in settings:
         settings |= subject.settings.get("preserve", {})
-    return settings | subject.settings.get(method, {})
+    given = method.partition(",")[0]
+    return settings | subject.settings.get(given, {}) | METHODS[method].settings
 
 
 def table(cells: Cells) -> str:
