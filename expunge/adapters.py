@@ -48,8 +48,8 @@ def attach(unet: Any, modules: list[str], rank: int, alpha: float, seed: int) ->
 def teacher(unet: Any) -> Iterator[None]:
     """The frozen base: the same network with its adapters off.
 
-    Leave it before the student's forward: toggling between a forward and its backward breaks
-    gradient checkpointing.
+    Leave it before the student's backward: gradient checkpointing runs the student's forward again
+    there, which must find its adapters on.
     """
     unet.disable_adapters()
     try:

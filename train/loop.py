@@ -4,7 +4,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from tqdm import tqdm
 
 from expunge import adapters, backbones
@@ -99,8 +101,7 @@ class Trainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        lender = Lender(self._resting() if config.offload else [], accelerator.device)
-        self.pictures = lender.lent
+        self.lender = Lender(self._resting() if config.offload else [], accelerator.device)
         self.optimizer = footprint.optimizer(config, self.parameters)
         self.schedule = get_scheduler(
             config.lr_scheduler,
@@ -127,7 +128,7 @@ class Trainer:
         self.latents = config.latents.open()
         self.maker = Maker(
             self.networks,
-            Embeddings(pipeline, lender),
+            Embeddings(pipeline, self.lender),
             config.concept.neutral,
             backbones.latent_shape(pipeline),
             pipeline.vae,
@@ -164,6 +165,25 @@ class Trainer:
         found = [] if config.robust else [p for n, p in parts.items() if n.startswith("text_enc")]
         looks = "guided/concept" in config.objective.needs or config.gate
         return found if looks else [*found, self.pipeline.vae]
+
+    @contextmanager
+    def pictures(self) -> Iterator[None]:
+        """Inside, the pipeline can draw: all its parts are at hand, and in one precision.
+
+        Under mixed precision accelerate has the UNet answer in float32, which a VAE of a reduced
+        base cannot decode.
+        """
+        dtype = self.unet.conv_in.weight.dtype
+
+        def cast(unet: Any, inputs: Any, answer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(part.to(dtype) for part in answer)
+
+        hook = self.unet.register_forward_hook(cast)
+        try:
+            with self.lender.lent():
+                yield
+        finally:
+            hook.remove()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one.

@@ -1,10 +1,12 @@
 """What erasing costs: our recipe and the published one, to the same quality, in one process.
 
-    python scripts/bench/train.py [--output_dir D] [--limit 24]
+    python scripts/bench/train.py [--output_dir D] [--limit 64] [--looks 5]
 
-Each trains on the bundled model to its last step, while a probe of the suite `emoji` looks whether
-the target is in at most 5 % of its pictures and everything else in at least 95 % of what the base
-shows; the cost is that of the first look that finds it so, else of all steps. The last line is
+Each trains on the bundled model to its last step, while a probe of the suite `emoji` looks, `looks`
+times, whether the target is in at most 5 % of its pictures and everything else in at least 95 % of
+what the base shows; the cost is that of the first look that finds it so, else of all steps. `limit`
+is how many pictures of each group it sees: of 24, one is 4 %, and 95 cannot be told from 91. With
+--steps both recipes stop there, to try the script. The last line is
 JSON: `forwards_ratio` and `seconds_ratio` are ours over the published one's, `forwards_per_step`
 ours per sample of the batch over the whole recipe (a backward counts 2). With --output_dir a figure
 of target seen against passes, D/curve.png, and D/curve.json.
@@ -37,8 +39,9 @@ SHEET = Validation(prompts=["a bomb"], seeds=1, steps=1)
 @dataclass(frozen=True)
 class Config:
     output_dir: Path | None = None
-    limit: int = 24
-    looks: int = 8
+    limit: int = 64
+    looks: int = 5
+    steps: int | None = None
     threads: int = 1
     erased: float = 0.05
     kept: float = 0.95
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
         "forwards_per_step": ours["per_sample"],
         **{f"{name}_{key}": x[key] for name, x in found.items()
            for key in ("reached", "steps", "forwards", "seconds", "whole_forwards")},
-        "limit": config.limit, "threads": config.threads,
+        "limit": config.limit, "looks": config.looks, "threads": config.threads,
     }  # fmt: skip
     print(json.dumps(summary))
 
@@ -68,13 +71,15 @@ def trained(file: str, config: Config) -> dict[str, Any]:
     """One recipe, until it is good enough."""
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = parse(TrainConfig, ["--config", str(CONFIGS / file), "--output_dir", "unused"])
-    every = max(1, recipe.steps // config.looks)
+    steps = min(recipe.steps, config.steps or recipe.steps)
+    every = max(1, steps // config.looks)
     probe = Probe(every=every, limit=config.limit, erased=config.erased, kept=config.kept)
     with tempfile.TemporaryDirectory() as folder:
         train(
             replace(
                 recipe,
                 output_dir=f"{folder}/out",
+                steps=steps,
                 probe=probe,
                 checkpoint_every=0,
                 validation=SHEET,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,6 +136,21 @@ def test_a_killed_one_ends_the_run_in_one_line_and_one_alone_goes_on(
     assert (tmp_path / "two" / "config.yaml").read_text() == kept
     train(config(tiny_sd1, tmp_path / "two", 1, resume=True))
     same_run(alone, tmp_path / "two")
+
+
+def test_what_one_alone_began_two_go_on_with(alone, tiny_sd1, tmp_path) -> None:
+    """From a checkpoint in the middle of a bank."""
+    folder = tmp_path / "two"
+    shutil.copytree(alone, folder)
+    for gone in ("train_result.json", adapters.FILE):
+        (folder / gone).unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    run = config(tiny_sd1, folder, 2, resume=True)
+    process = launch([*ACCELERATE, "--num_processes", "2", "--cpu"], run)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    same_run(alone, folder)
+    assert (folder / "checkpoints" / "step-000008" / "random_states_1.pkl").is_file()
 
 
 @pytest.mark.slow

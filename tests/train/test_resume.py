@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expunge import adapters
+from expunge.configuration import dump
 from expunge.errors import UserError
 from expunge.train.train_erase import train
 from forked import Forked
@@ -27,18 +29,17 @@ sys.exit(run(main, sys.argv[1:]))
 """
 
 
-def launch(arguments: list[str]) -> Forked:
-    return Forked([sys.executable, "-c", SCRIPT, *arguments], ROOT)
+# Killed twice and resumed twice, as users do it; the others once, which is much cheaper.
+OFTEN = ("esd", "sdd", "esd-together", "ablation-noise")
+
+
+def launch(arguments: list[str], script: str = SCRIPT) -> Forked:
+    return Forked([sys.executable, "-c", script, *arguments], ROOT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    ["esd", "sdd", "esd-together", "ablation-noise"],
-)
+@pytest.mark.parametrize("kind", OFTEN)
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
-    from expunge.configuration import dump
-
     steps = 8
     reference = small_run(
         tiny_sd1, tmp_path / "whole", steps=steps, checkpoint_every=1, lr_scheduler="cosine",
@@ -61,15 +62,45 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kin
         process.kill()
     done = launch([*arguments, "--resume", "true"])
     assert done.wait() == 0, done.errors()
-    assert (tmp_path / "whole" / adapters.FILE).read_bytes() == (out / adapters.FILE).read_bytes()
-    whole, killed = (
-        json.loads((folder / "train_result.json").read_text())
-        for folder in (tmp_path / "whole", out)
-    )
-    assert killed["unet_forwards"] == whole["unet_forwards"]
+    same_end(tmp_path / "whole", out)
     again = launch([*arguments, "--resume", "true"])
     assert again.wait() == 0
     assert "nothing to resume" in again.output()
+
+
+# The third step is taken, and lost: it was to be kept with the fourth.
+KILLED = """
+import os, signal
+from expunge.train.loop import Trainer
+optimise = Trainer._optimise
+def once(self, step):
+    logs = optimise(self, step)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return logs
+Trainer._optimise = once
+"""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OFTEN])
+def test_killed_once_every_other_kind_goes_on_to_the_bit(tiny_sd1, tmp_path, kind) -> None:
+    run = small_run(tiny_sd1, tmp_path / "killed", checkpoint_every=2, **KINDS[kind])
+    (tmp_path / "run.yaml").write_text(dump(run))
+    child = launch(["--config", str(tmp_path / "run.yaml")], KILLED + SCRIPT)
+    whole = dataclasses.replace(run, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    assert child.wait() == -signal.SIGKILL, child.errors()
+    assert [f.name for f in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-000002"]
+    train(dataclasses.replace(run, resume=True))
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def same_end(whole: Path, killed: Path) -> None:
+    """The same LoRA to the bit, and what it cost is counted as if nothing had happened."""
+    assert (whole / adapters.FILE).read_bytes() == (killed / adapters.FILE).read_bytes()
+    results = [json.loads((folder / "train_result.json").read_text()) for folder in (whole, killed)]
+    for name in ("unet_forwards", "sights"):
+        assert results[0][name] == results[1][name]
 
 
 def test_resuming_another_run_is_refused(tiny_sd1, tmp_path) -> None:
