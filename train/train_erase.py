@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from expunge.train.config import TrainConfig
     from expunge.train.loop import Progress, Trainer
+    from expunge.train.samples import Samples
 
 RESULT = "train_result.json"
 EDIT = "edit.safetensors"  # of a closed form: the exact change; the LoRA has what its rank can hold
@@ -68,6 +69,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
     from expunge.train.objectives.base import ClosedForm
+    from expunge.train.samples import Samples
 
     pipeline = footprint.load(config, accelerator.device)
     tokens = soft_tokens.load(pipeline, config.concept.tokens)
@@ -77,6 +79,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     soft_tokens.fits(pipeline, [*config.concept.prompts(), *config.concept.preserve])
     where = Path(backbones.resolve(config.model))
     base = sha256_folder(where) if where.is_dir() else None
+    samples = Samples(config, pipeline, folder)
 
     def begin() -> None:
         fresh_output_dir(folder, config.overwrite, config.resume)
@@ -91,7 +94,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
             begin()
             edit.save(folder / EDIT)
             _finish(config, pipeline, progress, folder, accelerator.device)
-            _save_sheet(config, pipeline, folder, 0)
+            samples.draw(0)
         accelerator.wait_for_everyone()
         return
     probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
@@ -102,7 +105,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
         begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
-    trainer.run(lambda step: _validate(trainer, folder, step))
+    trainer.run(lambda step: _validate(trainer, samples, step))
     sights = trainer.progress.sights
     if sights["looked"] and not sights["seen"]:
         raise UserError(
@@ -115,7 +118,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
             _finish(config, pipeline, trainer.progress, folder, accelerator.device)
     accelerator.wait_for_everyone()
     # Last: on a small GPU pictures may need more than the training did.
-    _validate(trainer, folder, trainer.progress.step)
+    _validate(trainer, samples, trainer.progress.step)
 
 
 def _strings(value: Any) -> list[str]:
@@ -225,37 +228,15 @@ def _finish(
         )
 
 
-def _validate(trainer: Trainer, folder: Path, step: int) -> None:
-    """A sheet of pictures of the student, as it would be exported now, and in tensorboard."""
+def _validate(trainer: Trainer, samples: Samples, step: int) -> None:
+    """A sheet of what would be exported now, below what was there before; and in tensorboard."""
     if not trainer.accelerator.is_main_process:
         return
     import numpy as np
 
     with trainer.networks.averaged(), trainer.pictures():
-        sheet = _save_sheet(trainer.config, trainer.pipeline, folder, step)
+        sheet = samples.draw(step)
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-
-
-def _save_sheet(config: TrainConfig, pipeline: Any, folder: Path, step: int) -> Any:
-    from expunge import backbones, pictures
-    from expunge.generation import generate
-
-    choice, concept = config.validation, config.concept
-    prompts = choice.prompts or [*concept.prompts()[:3], *concept.retained()[:3]]
-    guidance = choice.guidance_scale
-    if guidance is None:
-        guidance = backbones.recommended_guidance(config.model)
-    images = generate(
-        pipeline,
-        [prompt for prompt in prompts for _ in range(choice.seeds)],
-        list(range(choice.seeds)) * len(prompts),
-        steps=choice.steps,
-        guidance_scale=guidance,
-    )
-    rows = [[pictures.to_pil(image) for image in part] for part in images.split(choice.seeds)]
-    sheet = pictures.sheet(rows, prompts)
-    (folder / "samples").mkdir(exist_ok=True)
-    pictures.save_png(sheet, folder / "samples" / f"step-{step:06d}.png")
-    return sheet
+            tracker.writer.flush()  # what a kill leaves in a folder is in its logs too

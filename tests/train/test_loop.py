@@ -232,7 +232,7 @@ def test_a_sheet_that_fails_does_not_take_the_lora_with_it(tiny_sd1, tmp_path, m
     def fails(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("expunge.generation.generate", fails)
+    monkeypatch.setattr("expunge.train.samples.generate", fails)
     with pytest.raises(MemoryError):
         train(small_run(tiny_sd1, tmp_path / "out"))
     assert (tmp_path / "out" / "train_result.json").is_file()
