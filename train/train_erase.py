@@ -64,7 +64,12 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge import backbones, soft_tokens
     from expunge.configuration import dump
     from expunge.errors import UserError
-    from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
+    from expunge.results import (
+        fresh_output_dir,
+        sha256_folder,
+        write_json_atomic,
+        write_text_atomic,
+    )
     from expunge.train import footprint
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
@@ -93,8 +98,9 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
             edit = solve(config, pipeline, progress)
             begin()
             edit.save(folder / EDIT)
-            _finish(config, pipeline, progress, folder, accelerator.device)
+            result = _export(config, pipeline, progress, folder, accelerator.device)
             samples.draw(0)
+            write_json_atomic(folder / RESULT, result)
         accelerator.wait_for_everyone()
         return
     probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
@@ -115,10 +121,12 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
         )
     if accelerator.is_main_process:
         with trainer.networks.averaged():
-            _finish(config, pipeline, trainer.progress, folder, accelerator.device)
+            result = _export(config, pipeline, trainer.progress, folder, accelerator.device)
     accelerator.wait_for_everyone()
-    # Last: on a small GPU pictures may need more than the training did.
+    # After the LoRA: on a small GPU pictures may need more than the training did.
     _validate(trainer, samples, trainer.progress.step)
+    if accelerator.is_main_process:
+        write_json_atomic(folder / RESULT, result)
 
 
 def _strings(value: Any) -> list[str]:
@@ -168,13 +176,14 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _finish(
+def _export(
     config: TrainConfig,
     pipeline: Any,
     progress: Progress,
     folder: Path,
     device: Any,
-) -> None:
+) -> dict[str, Any]:
+    """Write LoRA and card; what is returned is for `RESULT`, which says that all is there."""
     import yaml
 
     from expunge import adapters
@@ -182,7 +191,6 @@ def _finish(
     from expunge.results import (
         provenance,
         sha256_file,
-        write_json_atomic,
         write_text_atomic,
     )
     from expunge.train.card import model_card
@@ -219,13 +227,13 @@ def _finish(
         "provenance": provenance(),
     }
     write_text_atomic(folder / "README.md", model_card(config, result))
-    write_json_atomic(folder / RESULT, result)
     print(f"erased {config.concept.name!r}; the LoRA was read back and is {file}")
     if (progress.svd_error or 0) > 0.1:
         print(
             f"rank {config.lora.rank} lacks {progress.svd_error:.0%} of the closed form's edit; "
             "raise lora.rank"
         )
+    return result
 
 
 def _validate(trainer: Trainer, samples: Samples, step: int) -> None:
