@@ -64,12 +64,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge import backbones, soft_tokens
     from expunge.configuration import dump
     from expunge.errors import UserError
-    from expunge.results import (
-        fresh_output_dir,
-        sha256_folder,
-        write_json_atomic,
-        write_text_atomic,
-    )
+    from expunge.results import fresh_output_dir, write_json_atomic, write_text_atomic
     from expunge.train import footprint
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
@@ -82,8 +77,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     soft_tokens.require(pipeline, [*texts, *_strings(asdict(config.objective))])
     # What is cut off at its end may have lost the concept, and would be erased without it.
     soft_tokens.fits(pipeline, [*config.concept.prompts(), *config.concept.preserve])
-    where = Path(backbones.resolve(config.model))
-    base = sha256_folder(where) if where.is_dir() else None
+    base = backbones.identity(config.model)
     samples = Samples(config, pipeline, folder)
 
     def begin() -> None:
@@ -186,13 +180,9 @@ def _export(
     """Write LoRA and card; what is returned is for `RESULT`, which says that all is there."""
     import yaml
 
-    from expunge import adapters
+    from expunge import adapters, backbones
     from expunge.configuration import dump
-    from expunge.results import (
-        provenance,
-        sha256_file,
-        write_text_atomic,
-    )
+    from expunge.results import provenance, sha256_file, write_text_atomic
     from expunge.train.card import model_card
     from expunge.train.loop import peak_memory_bytes
     from expunge.train.objectives import OBJECTIVES
@@ -200,11 +190,12 @@ def _export(
     concept = yaml.safe_load(dump(config))["concept"]
     # A path says nothing to whoever gets the LoRA; the content does.
     concept["tokens"] = progress.tokens
+    of_hub = not Path(backbones.resolve(config.model)).is_dir()
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,
         "model": config.model,
-        "base_sha256": progress.base,
+        "base_sha256": None if of_hub else progress.base,
         "seed": config.seed,
         "steps": progress.step,
     }
@@ -213,6 +204,7 @@ def _export(
     file = adapters.save(pipeline, folder, about)
     result = about | {
         "schema_version": 1,
+        "base_commit": progress.base if of_hub else None,
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
         "probes": progress.probes,
