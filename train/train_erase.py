@@ -19,8 +19,10 @@ FREE = ("resume", "overwrite", "output_dir", "checkpoint_every", "keep_checkpoin
 
 def main(argv: list[str]) -> int:
     """Train from a configuration; see `expunge train --help`."""
-    from expunge.configuration import parse
     from expunge.train import launch
+
+    launch.follow()  # before anything that takes long to import
+    from expunge.configuration import parse
     from expunge.train.config import TrainConfig
 
     config = parse(TrainConfig, argv, "expunge train")
