@@ -23,9 +23,8 @@ class Samples:
         concept, choice = config.concept, config.validation
         self.pipeline, self.folder, self.choice = pipeline, folder / "samples", choice
         self.prompts = choice.prompts or [*concept.prompts()[:3], *concept.retained()[:3]]
-        self.guidance_scale = choice.guidance_scale
-        if self.guidance_scale is None:
-            self.guidance_scale = backbones.recommended_guidance(config.model)
+        given, usual = choice.guidance_scale, backbones.recommended_guidance(config.model)
+        self.guidance_scale = usual if given is None else given
         self._before: list[list[Image.Image]] = []
 
     def draw(self, step: int) -> Image.Image:

@@ -199,7 +199,7 @@ start(2, [sys.executable, "-m", "expunge.cli", *sys.argv[1:]])
 def test_nobody_outlives_a_killed_watcher(tiny_sd1, tmp_path, verb: str, learning: bool) -> None:
     """Neither before the libraries are there, nor when each waits for what the other computes."""
     out = tmp_path / "out"
-    words = ["--suite", "emoji", "--model", "emoji", "--output_dir", str(out)]
+    words = ["--concept", "a bomb", "--output_dir", str(out)]
     if verb == "train":
         yaml = tmp_path / "run.yaml"
         yaml.write_text(dump(config(tiny_sd1, out, 2, steps=10**6)))
