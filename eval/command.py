@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     """Run `expunge eval`, in as many processes as it is told."""
     from expunge.train import launch
 
+    launch.follow()
     config = parse(EvalConfig, argv, "expunge eval")
     if config.processes > 1 and not launch.grouped():
         command = [sys.executable, "-m", "expunge.cli", "eval", *argv]

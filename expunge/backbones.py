@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import UserError, nearest
+from expunge.results import sha256_folder
 from expunge.silence import quiet
 
 BUNDLED = ("emoji",)
@@ -50,6 +51,25 @@ def resolve(model: str) -> str:
         f"got model {model!r}, which is no folder; allowed: {', '.join(BUNDLED)}, a diffusers "
         f"folder, or a hub id owner/name{hint}"
     )
+
+
+def identity(model: str) -> str:
+    """What tells a loaded model from others of its name: SHA-256 of its folder, or its hub commit.
+
+    What lies in the hub's cache beside the files that were loaded is no part of it.
+
+    Raises:
+        RuntimeError: The cache does not say of which commit the model is.
+    """
+    where = resolve(model)
+    if Path(where).is_dir():
+        return sha256_folder(where)
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(where, "model_index.json")  # …/snapshots/COMMIT/model_index.json
+    if not isinstance(file, str):
+        raise RuntimeError(f"the hub's cache does not say of which commit {model} is")
+    return Path(file).parent.name
 
 
 def load_pipeline(

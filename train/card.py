@@ -31,7 +31,7 @@ pipeline.load_lora_weights("{folder}")
 | seed | {seed} |
 {closed_form}| UNet forwards (teacher / student / sampling) | {forwards} |
 | seconds | {seconds} |
-| base sha256 | `{base}` |
+| base | {base} |
 | adapter sha256 | `{adapter}` |
 
 The exact run is `config.yaml`; figures of the run are in `train_result.json`. Whether the concept
@@ -73,6 +73,8 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         else "",
         forwards=" / ".join(str(forwards[k]) for k in ("teacher", "student", "sampling")),
         seconds=result["seconds"],
-        base=result["base_sha256"] or "not known: it came from the hub",
+        base=f"sha256 `{result['base_sha256']}`"
+        if result["base_sha256"]
+        else f"commit `{result['base_commit']}` of the hub",
         adapter=result["adapter_sha256"],
     )

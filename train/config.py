@@ -34,7 +34,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Validation:
-    """Pictures of the student during training.
+    """Pictures of the student, during training and after it, below the base's of the same seeds.
 
     Attributes:
         every: Steps between two sheets; 0 makes only the last one.

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,10 @@ def start(count: int, command: Sequence[str] = (), hint: str = RESUME) -> int:
             for rank in range(count):
                 own = {OURS: str(said), "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 words = command or [sys.executable, *sys.orig_argv[1:]]
-                processes.append(subprocess.Popen(words, env={**os.environ, **group, **own}))
+                environment = {**os.environ, **group, **own}
+                # Nothing is written into the pipe: it closes when this process ends, however.
+                started = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE)
+                processes.append(started)
             codes = [process.poll() for process in processes]
             while any(code is None for code in codes) and not any(codes):
                 time.sleep(0.02)
@@ -130,6 +134,23 @@ def start(count: int, command: Sequence[str] = (), hint: str = RESUME) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def follow() -> None:
+    """End this process, if `start` watches it, as soon as its watcher is gone, even by SIGKILL.
+
+    Else it would go on unseen, and write into the same folder as whoever resumes the run.
+    """
+    if OURS in os.environ:
+        threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    while os.read(0, 1):  # of its pipe; it returns when that is closed
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 @contextmanager
@@ -165,8 +186,8 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.terminate()
     deadline = time.monotonic() + GRACE
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with process:  # that closes its pipe
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -43,7 +43,7 @@ class Progress:
         default_factory=lambda: {"teacher": 0, "student": 0, "sampling": 0}
     )
     sights: dict[str, int] = field(default_factory=lambda: {"looked": 0, "seen": 0})
-    base: str | None = None  # sha256 of the model that is erased from
+    base: str | None = None  # identity of the model that is erased from
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
     stopped: bool = False  # by the probe
@@ -68,7 +68,7 @@ class Trainer:
         pipeline: The model; its UNet is given the adapter.
         accelerator: Devices, precision, accumulation, logs.
         folder: For checkpoints and logs.
-        base: SHA-256 of the model's files; None when they are not at hand.
+        base: Identity of the model, which a resumption must find again.
         probe: Looks at the student now and then; see `expunge.train.PROBES`.
         tokens: SHA-256 of the file of each soft token that the pipeline was given.
     """

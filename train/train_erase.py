@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from expunge.train.config import TrainConfig
     from expunge.train.loop import Progress, Trainer
+    from expunge.train.samples import Samples
 
 RESULT = "train_result.json"
 EDIT = "edit.safetensors"  # of a closed form: the exact change; the LoRA has what its rank can hold
@@ -18,8 +19,10 @@ FREE = ("resume", "overwrite", "output_dir", "checkpoint_every", "keep_checkpoin
 
 def main(argv: list[str]) -> int:
     """Train from a configuration; see `expunge train --help`."""
-    from expunge.configuration import parse
     from expunge.train import launch
+
+    launch.follow()  # before anything that takes long to import
+    from expunge.configuration import parse
     from expunge.train.config import TrainConfig
 
     config = parse(TrainConfig, argv, "expunge train")
@@ -63,11 +66,12 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     from expunge import backbones, soft_tokens
     from expunge.configuration import dump
     from expunge.errors import UserError
-    from expunge.results import fresh_output_dir, sha256_folder, write_text_atomic
+    from expunge.results import fresh_output_dir, write_json_atomic, write_text_atomic
     from expunge.train import footprint
     from expunge.train.closed_form.solve import solve
     from expunge.train.loop import Progress, Trainer
     from expunge.train.objectives.base import ClosedForm
+    from expunge.train.samples import Samples
 
     pipeline = footprint.load(config, accelerator.device)
     tokens = soft_tokens.load(pipeline, config.concept.tokens)
@@ -75,8 +79,8 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
     soft_tokens.require(pipeline, [*texts, *_strings(asdict(config.objective))])
     # What is cut off at its end may have lost the concept, and would be erased without it.
     soft_tokens.fits(pipeline, [*config.concept.prompts(), *config.concept.preserve])
-    where = Path(backbones.resolve(config.model))
-    base = sha256_folder(where) if where.is_dir() else None
+    base = backbones.identity(config.model)
+    samples = Samples(config, pipeline, folder)
 
     def begin() -> None:
         fresh_output_dir(folder, config.overwrite, config.resume)
@@ -90,8 +94,9 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
             edit = solve(config, pipeline, progress)
             begin()
             edit.save(folder / EDIT)
-            _finish(config, pipeline, progress, folder, accelerator.device)
-            _save_sheet(config, pipeline, folder, 0)
+            result = _export(config, pipeline, progress, folder, accelerator.device)
+            samples.draw(0)
+            write_json_atomic(folder / RESULT, result)
         accelerator.wait_for_everyone()
         return
     probe = config.probe.open(pipeline, config.concept.targets) if config.probe else None
@@ -102,7 +107,7 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
         begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs")
-    trainer.run(lambda step: _validate(trainer, folder, step))
+    trainer.run(lambda step: _validate(trainer, samples, step))
     sights = trainer.progress.sights
     if sights["looked"] and not sights["seen"]:
         raise UserError(
@@ -112,10 +117,12 @@ def _erase(config: TrainConfig, accelerator: Any, folder: Path) -> None:
         )
     if accelerator.is_main_process:
         with trainer.networks.averaged():
-            _finish(config, pipeline, trainer.progress, folder, accelerator.device)
+            result = _export(config, pipeline, trainer.progress, folder, accelerator.device)
     accelerator.wait_for_everyone()
-    # Last: on a small GPU pictures may need more than the training did.
-    _validate(trainer, folder, trainer.progress.step)
+    # After the LoRA: on a small GPU pictures may need more than the training did.
+    _validate(trainer, samples, trainer.progress.step)
+    if accelerator.is_main_process:
+        write_json_atomic(folder / RESULT, result)
 
 
 def _strings(value: Any) -> list[str]:
@@ -165,23 +172,19 @@ def _refuse_another_run(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _finish(
+def _export(
     config: TrainConfig,
     pipeline: Any,
     progress: Progress,
     folder: Path,
     device: Any,
-) -> None:
+) -> dict[str, Any]:
+    """Write LoRA and card; what is returned is for `RESULT`, which says that all is there."""
     import yaml
 
-    from expunge import adapters
+    from expunge import adapters, backbones
     from expunge.configuration import dump
-    from expunge.results import (
-        provenance,
-        sha256_file,
-        write_json_atomic,
-        write_text_atomic,
-    )
+    from expunge.results import provenance, sha256_file, write_text_atomic
     from expunge.train.card import model_card
     from expunge.train.loop import peak_memory_bytes
     from expunge.train.objectives import OBJECTIVES
@@ -189,11 +192,12 @@ def _finish(
     concept = yaml.safe_load(dump(config))["concept"]
     # A path says nothing to whoever gets the LoRA; the content does.
     concept["tokens"] = progress.tokens
+    of_hub = not Path(backbones.resolve(config.model)).is_dir()
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,
         "model": config.model,
-        "base_sha256": progress.base,
+        "base_sha256": None if of_hub else progress.base,
         "seed": config.seed,
         "steps": progress.step,
     }
@@ -202,6 +206,7 @@ def _finish(
     file = adapters.save(pipeline, folder, about)
     result = about | {
         "schema_version": 1,
+        "base_commit": progress.base if of_hub else None,
         "seconds": round(progress.seconds, 3),
         "unet_forwards": progress.forwards,
         "probes": progress.probes,
@@ -216,46 +221,24 @@ def _finish(
         "provenance": provenance(),
     }
     write_text_atomic(folder / "README.md", model_card(config, result))
-    write_json_atomic(folder / RESULT, result)
     print(f"erased {config.concept.name!r}; the LoRA was read back and is {file}")
     if (progress.svd_error or 0) > 0.1:
         print(
             f"rank {config.lora.rank} lacks {progress.svd_error:.0%} of the closed form's edit; "
             "raise lora.rank"
         )
+    return result
 
 
-def _validate(trainer: Trainer, folder: Path, step: int) -> None:
-    """A sheet of pictures of the student, as it would be exported now, and in tensorboard."""
+def _validate(trainer: Trainer, samples: Samples, step: int) -> None:
+    """A sheet of what would be exported now, below what was there before; and in tensorboard."""
     if not trainer.accelerator.is_main_process:
         return
     import numpy as np
 
     with trainer.networks.averaged(), trainer.pictures():
-        sheet = _save_sheet(trainer.config, trainer.pipeline, folder, step)
+        sheet = samples.draw(step)
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-
-
-def _save_sheet(config: TrainConfig, pipeline: Any, folder: Path, step: int) -> Any:
-    from expunge import backbones, pictures
-    from expunge.generation import generate
-
-    choice, concept = config.validation, config.concept
-    prompts = choice.prompts or [*concept.prompts()[:3], *concept.retained()[:3]]
-    guidance = choice.guidance_scale
-    if guidance is None:
-        guidance = backbones.recommended_guidance(config.model)
-    images = generate(
-        pipeline,
-        [prompt for prompt in prompts for _ in range(choice.seeds)],
-        list(range(choice.seeds)) * len(prompts),
-        steps=choice.steps,
-        guidance_scale=guidance,
-    )
-    rows = [[pictures.to_pil(image) for image in part] for part in images.split(choice.seeds)]
-    sheet = pictures.sheet(rows, prompts)
-    (folder / "samples").mkdir(exist_ok=True)
-    pictures.save_png(sheet, folder / "samples" / f"step-{step:06d}.png")
-    return sheet
+            tracker.writer.flush()  # what a kill leaves in a folder is in its logs too

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from expunge import adapters, backbones
@@ -228,15 +229,29 @@ def test_a_token_that_nobody_gave_is_refused_wherever_it_stands(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sheet_that_fails_does_not_take_the_lora_with_it(tiny_sd1, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["esd", "uce"])
+def test_a_sheet_that_fails_does_not_take_the_lora_with_it(
+    tiny_sd1, tmp_path, monkeypatch, kind
+) -> None:
     def fails(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("expunge.generation.generate", fails)
-    with pytest.raises(MemoryError):
-        train(small_run(tiny_sd1, tmp_path / "out"))
-    assert (tmp_path / "out" / "train_result.json").is_file()
-    assert load_erased(tiny_sd1, [str(tmp_path / "out")]).get_active_adapters()
+    out = tmp_path / "out"
+    changes = {"objective": Uce(), "preserve": Preserve()} if kind == "uce" else KINDS[kind]
+    run = small_run(tiny_sd1, out, checkpoint_every=2, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr("expunge.train.samples.generate", fails)
+        with pytest.raises(MemoryError):
+            train(run)
+    assert load_erased(tiny_sd1, [str(out)]).get_active_adapters()
+    # The result comes last: with it a resumption would take the folder for complete.
+    assert not (out / "train_result.json").exists()
+    before = (out / adapters.FILE).read_bytes()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(dataclasses.replace(run, resume=True))
+    assert list((out / "samples").iterdir())
+    assert (out / "train_result.json").is_file()
+    assert (out / adapters.FILE).read_bytes() == before
 
 
 def test_a_bank_that_is_made_anew_can_balance(tiny_sd1, tmp_path) -> None:

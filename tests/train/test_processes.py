@@ -201,6 +201,41 @@ def test_what_is_wrong_for_any_process_is_one_line(capfd, ranks: str) -> None:
     assert re.fullmatch(f"expunge: error: got process [{ranks}]", line)
 
 
+WATCHER = """
+import sys
+from expunge.train.launch import start
+start(2, [sys.executable, "-m", "expunge.cli", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "learning"),
+    [("train", False), ("eval", False), pytest.param("train", True, marks=pytest.mark.slow)],
+)
+def test_nobody_outlives_a_killed_watcher(tiny_sd1, tmp_path, verb: str, learning: bool) -> None:
+    """Neither before the libraries are there, nor when each waits for what the other computes."""
+    out = tmp_path / "out"
+    words = ["--concept", "a bomb", "--output_dir", str(out)]
+    if verb == "train":
+        yaml = tmp_path / "run.yaml"
+        yaml.write_text(dump(config(tiny_sd1, out, 2, steps=10**6)))
+        words = ["--config", str(yaml)]
+    watcher = psutil.Popen([sys.executable, "-c", WATCHER, verb, *words])
+    while len(ranks := watcher.children()) < 2 or (
+        learning and not list(out.glob("checkpoints/step-*"))
+    ):
+        time.sleep(0.02)
+    watcher.kill()
+    watcher.wait()
+    try:
+        assert psutil.wait_procs(ranks, 30)[1] == []
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+    assert learning or not out.exists()
+
+
 def test_what_is_wrong_is_said_though_it_cannot_be_passed_on(monkeypatch, capfd, tmp_path) -> None:
     def command(argv):
         raise UserError("got a full disk")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from expunge import adapters
@@ -120,6 +121,34 @@ def test_resuming_on_other_weights_is_refused(tiny_sd1, tmp_path) -> None:
     save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="not those the run began with"):
         train(dataclasses.replace(run, resume=True))
+
+
+def test_resuming_on_another_commit_of_the_hub_is_refused(tiny_sd1, tmp_path, monkeypatch) -> None:
+    """Laid out as huggingface_hub does it; files that are loaded by nobody may come and go."""
+    cache = tmp_path / "cache" / "models--someone--tiny"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (cache / "refs").mkdir(parents=True)
+    for commit in ("0" * 40, "1" * 40):
+        shutil.copytree(tiny_sd1, cache / "snapshots" / commit)
+    (cache / "refs" / "main").write_text("0" * 40)
+    run = small_run("someone/tiny", tmp_path / "out", steps=2, checkpoint_every=1)
+    before = train(run).read_bytes()
+    record = json.loads((tmp_path / "out" / "train_result.json").read_text())
+    assert (record["base_commit"], record["base_sha256"]) == ("0" * 40, None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: someone/tiny\n")
+    assert f"commit `{record['base_commit']}`" in card
+
+    def resume() -> Path:
+        (tmp_path / "out" / "train_result.json").unlink(missing_ok=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return train(dataclasses.replace(run, resume=True))
+
+    (cache / "snapshots" / ("0" * 40) / "unet" / "another.fp16.safetensors").touch()
+    assert resume().read_bytes() == before
+    (cache / "refs" / "main").write_text("1" * 40)
+    with pytest.raises(UserError, match="not those the run began with"):
+        resume()
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", ""])
