@@ -172,13 +172,11 @@ def _finish(
     folder: Path,
     device: Any,
 ) -> None:
-    import yaml
-
     from expunge import adapters
-    from expunge.configuration import dump
     from expunge.results import (
         provenance,
         sha256_file,
+        sha256_folder,
         write_json_atomic,
         write_text_atomic,
     )
@@ -186,9 +184,10 @@ def _finish(
     from expunge.train.loop import peak_memory_bytes
     from expunge.train.objectives import OBJECTIVES
 
-    concept = yaml.safe_load(dump(config))["concept"]
     # A path says nothing to whoever gets the LoRA; the content does.
-    concept["tokens"] = progress.tokens
+    concept = config.concept.in_words() | {"tokens": progress.tokens}
+    if config.concept.images:
+        concept["images"] = sha256_folder(config.concept.images)
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),
         "concept": concept,
