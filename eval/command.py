@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,7 +192,7 @@ def _generator(config: EvalConfig, suite: Any, plan: Any, *, erased: bool) -> An
         soft_tokens.require(pipeline, concept.targets)
         plain, pipeline = pipeline, config.sampler.wrap(pipeline, concept)
         sampler = _sampler(config) | {
-            "concept": asdict(concept),
+            "concept": concept.in_words(),
             "resolved": config.sampler.identity(plain, concept),
         }
     return PipelineGenerator(

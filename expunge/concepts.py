@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from expunge.errors import UserError
 
@@ -22,6 +23,8 @@ class Concept:
         preserve: Prompts that must stay as they are.
         tokens: Files of soft tokens (`expunge feedback`, or any textual inversion as safetensors),
             whose names, say ``<bomb>``, may then stand in all of these texts.
+        images: A folder of pictures that show it, for latents (`noised`) and densities
+            (`clip_images`) that name no folder of their own. What is read are still the texts.
     """
 
     name: str = ""
@@ -32,6 +35,7 @@ class Concept:
     neutral: str = ""
     preserve: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
+    images: str = ""
 
     def __post_init__(self) -> None:
         if not self.targets or not all(target.strip() for target in self.targets):
@@ -100,6 +104,12 @@ class Concept:
     def texts(self) -> list[str]:
         """Every text that a model is to read."""
         return [*self.prompts(), self.anchor, *self.anchors, self.neutral, *self.preserve]
+
+    def in_words(self) -> dict[str, Any]:
+        """All of it but `images`, a path, which says nothing elsewhere; as plain values."""
+        found = asdict(self)
+        del found["images"]
+        return found
 
     def mentioned_in(self, prompt: str) -> bool:
         """Whether the prompt names a target as whole words, with or without its article."""

@@ -1,8 +1,9 @@
 """−γ · 1[p_h ≥ η] · ∇log p_h: the one place that says how x̂0 is moved away from harm.
 
-The published scheme (arXiv 2505.08817) takes γ as it is; `normalised` strength follows MPGD
-(arXiv 2311.16424). A raw CLIP gradient is adversarial: it lowers CLIP's own score and leaves the
-object in the picture. What is done about it is in `views` and `smooth`.
+Or, in the prediction, against the text of what is seen: `against_text`. The published scheme (arXiv
+2505.08817) takes γ as it is; `normalised` strength follows MPGD (arXiv 2311.16424). A raw CLIP
+gradient is adversarial: it lowers CLIP's own score and leaves the object in the picture. What is
+done about it is in `views` and `smooth`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,25 @@ LEAST, FULL = 0.1, 0.4  # of a map's maximum: below the one nothing is there, ab
 SPREAD = 0.56  # of a window, in distances between places: neighbours overlap, corners are reached
 
 Decode = Callable[[Tensor], Tensor]
+
+
+def against_text(
+    prompt: Tensor, texts: Tensor, M: Tensor, M_h: Tensor, w: float, s: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The parts of −s (max_h M_h ⊙ (ep − e0) + w Σ_h M_h ⊙ (e_h − e0)): the first, and each h's.
+
+    The sum is the caller's, who knows which concept belongs to which sample.
+
+    Args:
+        prompt: ep − e0, (B, C, h, w).
+        texts: e_h − e0 of what is seen, (…, C, h, w).
+        M: Where each concept was ever seen, (B, H, h, w). However many concepts, there is one
+            prompt: of its guidance no more is taken away than there is.
+        M_h: Where what is seen is, (…, h, w), of each text.
+        w: How strongly its text is guided away from.
+        s: Guidance scale; 1: in the prediction under the prompt.
+    """
+    return -s * M.amax(1, keepdim=True) * prompt, -w * s * M_h.unsqueeze(-3) * texts
 
 
 def log_density(score: Tensor) -> Tensor:

@@ -132,14 +132,13 @@ class Guard:
         assert self.branch is not None
         M = self._whereabouts(x0)
         e_p, e_0, s = self.branch.pair()
-        # One prompt, however many concepts: of its guidance no more is taken away than there is.
-        Δ = -s * M.amax(1, keepdim=True) * (e_p - e_0).float()
         rows, concepts = self.seen.nonzero(as_tuple=True)
+        e_h = e_0[:0]
         if len(rows):
             e_h = self.branch.under(rows, [self.texts[c] for c in concepts.tolist()])
-            push = -w * s * M[rows, concepts].unsqueeze(1) * (e_h - e_0[rows]).float()
-            Δ = Δ.index_add(0, rows, push)
-        return Δ
+        prompt, texts = (e_p - e_0).float(), (e_h - e_0[rows]).float()
+        Δ, away = guidance.against_text(prompt, texts, M, M[rows, concepts], w, s)
+        return Δ.index_add(0, rows, away)
 
     def _whereabouts(self, x0: Tensor) -> Tensor:
         """M_h, (B, M, h, w), 0 for what never fired; found anew where it is old and h is seen."""

@@ -1,3 +1,5 @@
+from dataclasses import fields, replace
+
 import pytest
 
 from expunge.concepts import Concept
@@ -61,3 +63,9 @@ def test_what_names_a_target_is_not_retained() -> None:
 )
 def test_a_target_is_found_as_whole_words_whatever_it_ends_in(target, prompt, mentioned) -> None:
     assert Concept(targets=[target]).mentioned_in(prompt) is mentioned
+
+
+def test_in_words_is_everything_but_a_path() -> None:
+    plain = Concept(targets=["a bomb"], tokens=["bomb.safetensors"])
+    assert replace(plain, images="pictures").in_words() == plain.in_words()
+    assert {"images", *plain.in_words()} == {field.name for field in fields(plain)}

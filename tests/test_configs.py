@@ -8,6 +8,7 @@ import pytest
 from expunge.configuration import dump, load, parse, shipped
 from expunge.errors import UserError
 from expunge.train.config import TrainConfig
+from expunge.train.objectives import OBJECTIVES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
@@ -30,6 +31,19 @@ def test_a_training_configuration(file, tmp_path) -> None:
     config = parse(TrainConfig, ["--config", f"train/{file.name}", "--output_dir", "x"])
     (tmp_path / "again.yaml").write_text(dump(config))
     assert load(TrainConfig, tmp_path / "again.yaml") == config
+
+
+def test_every_objective_but_ours_is_there_as_published() -> None:
+    """Its own section says what was published, and it runs without preservation."""
+    found = {}
+    for file in TRAIN:
+        if file.stem.endswith("_published"):
+            config = parse(TrainConfig, ["--config", f"train/{file.name}", "--output_dir", "x"])
+            assert not config.preserve.weight
+            found[OBJECTIVES.name_of(type(config.objective))] = file.stem
+    assert found == {
+        name: f"emoji_bomb_{name}_published" for name in {*OBJECTIVES.names()} - {"density", "twin"}
+    }
 
 
 @pytest.mark.parametrize("name", ["emoji_bomb_esd", "emoji_bomb_sdd"])

@@ -100,8 +100,10 @@ def test_the_page_on_training_runs(tmp_path) -> None:
 
 
 def test_the_settings_of_the_page_on_training_go_together(tmp_path) -> None:
-    (block,) = blocks(ROOT / "docs" / "training.md", "yaml")
-    (tmp_path / "small.yaml").write_text(f"{block}concept: {{targets: [a bomb]}}\noutput_dir: x\n")
+    shown, small = blocks(ROOT / "docs" / "training.md", "yaml")
+    (tmp_path / "shown.yaml").write_text(f"{shown}output_dir: x\n")
+    assert load(TrainConfig, tmp_path / "shown.yaml").concept.images
+    (tmp_path / "small.yaml").write_text(f"{small}concept: {{targets: [a bomb]}}\noutput_dir: x\n")
     assert load(TrainConfig, tmp_path / "small.yaml").base_precision == "nf4"
 
 

@@ -162,6 +162,26 @@ def test_the_table_of_attacks_goes_on_where_it_was(tmp_path, lora_of_nothing) ->
     assert "holds an attack with another adapters" in done.stderr
 
 
+def test_as_many_latents_at_random_are_others_with_every_seed(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import coreset
+
+    drawn, at_random = [], coreset.at_random
+
+    def spy(g, size, **more):
+        drawn.append(at_random(g, size, **more))
+        return drawn[-1]
+
+    monkeypatch.setattr(coreset, "at_random", spy)
+    config = coreset.Config(output_dir=tmp_path, steps=1, rollouts=4)
+    for seed in (0, 1):
+        lora = coreset.erased(config, "random", 3, seed)
+        assert (lora / "pytorch_lora_weights.safetensors").is_file()
+    assert [int((w > 0).sum()) for w in drawn] == [3, 3]
+    assert len(drawn[0]) == len(drawn[1])
+    assert not drawn[0].equal(drawn[1])
+
+
 def test_relearning_that_could_not_be_judged_did_not_resist(monkeypatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     from attack_table import asr

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from expunge.concepts import Concept
-from expunge.train import LATENTS, PROBES
+from expunge.train import LATENTS, PROBES, pictured
 from expunge.train.objectives import OBJECTIVES
 from expunge.train.preserve import Preserve
 from expunge.train.robust import Robust
@@ -142,7 +142,15 @@ class TrainConfig:
                 "got base_precision nf4 with start, which reads the weights themselves; allowed: "
                 "bf16, or no start"
             )
-        drawn = getattr(self.latents, "knows_noise", False) and not self.latents.folder
+        if self.concept.images and not pictured.looked_at(self):
+            raise ValueError(
+                f"got concept.images {self.concept.images} with nothing that looks at pictures of "
+                "the concept; allowed: latents.type noised where x_t shows the concept (no anchor, "
+                "subject or twin), or a density clip_images in objective or gate, without a folder "
+                "of their own; or leave images out"
+            )
+        latents = pictured.latents_of(self)
+        drawn = getattr(latents, "knows_noise", False) and not latents.folder
         if self.several.order == "balanced" and drawn:
             raise ValueError(
                 "got several.order balanced with latents that are drawn once, before anything is "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from expunge import adapters, backbones
 from expunge.errors import UserError
-from expunge.train import footprint
+from expunge.train import footprint, pictured
 from expunge.train.accelerated import settle
 from expunge.train.checkpoints import Checkpoints
 from expunge.train.closed_form.install import install
@@ -125,7 +125,7 @@ class Trainer:
         self.progress = Progress(
             seconds=seconds, base=base, batch=batch, tokens=tokens or {}, svd_error=lost
         )
-        self.latents = config.latents.open()
+        self.latents = pictured.latents_of(config).open()
         self.maker = Maker(
             self.networks,
             Embeddings(pipeline, self.lender),

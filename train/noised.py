@@ -32,7 +32,7 @@ class Noised:
         steps: Of a whole denoising.
         guidance_scale: s of classifier-free guidance.
         folder: Pictures to erase with, taken instead of drawn ones; those of retained prompts are
-            always drawn. Empty: none.
+            always drawn. Empty: those of `concept.images`, where x_t is to show the concept.
         unprompted: Share of the samples that are read without their prompt, as classifier-free
             guidance is trained (arXiv 2207.12598); their pictures are drawn with it.
     """

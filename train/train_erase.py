@@ -180,18 +180,16 @@ def _export(
     device: Any,
 ) -> dict[str, Any]:
     """Write LoRA and card; what is returned is for `RESULT`, which says that all is there."""
-    import yaml
-
     from expunge import adapters, backbones
-    from expunge.configuration import dump
-    from expunge.results import provenance, sha256_file, write_text_atomic
+    from expunge.results import provenance, sha256_file, sha256_folder, write_text_atomic
     from expunge.train.card import model_card
     from expunge.train.loop import peak_memory_bytes
     from expunge.train.objectives import OBJECTIVES
 
-    concept = yaml.safe_load(dump(config))["concept"]
     # A path says nothing to whoever gets the LoRA; the content does.
-    concept["tokens"] = progress.tokens
+    concept = config.concept.in_words() | {"tokens": progress.tokens}
+    if config.concept.images:
+        concept["images"] = sha256_folder(config.concept.images)
     of_hub = not Path(backbones.resolve(config.model)).is_dir()
     about: dict[str, Any] = {
         "objective": OBJECTIVES.name_of(type(config.objective)),

@@ -30,7 +30,7 @@ class ClipImages:
     The pictures e of a folder are the concept; a picture says more than a word.
 
     Attributes:
-        folder: The example pictures.
+        folder: The example pictures; those of the concept (`concept.images`) when empty.
         clip: As for `clip_text`; several are averaged.
         prototype: `mean`, the examples' mean direction, or `nearest`, the k most alike of them.
         nearest: k.
@@ -39,7 +39,7 @@ class ClipImages:
         name: What the concept is called; the folder's name when empty.
     """
 
-    folder: str
+    folder: str = ""
     clip: str | list[str] = "emoji"
     prototype: Literal["mean", "nearest"] = "mean"
     nearest: int = 1
@@ -57,12 +57,18 @@ class ClipImages:
         """The density of the folder's pictures.
 
         Raises:
-            UserError: The folder is missing or holds no picture or a broken one; fewer pictures
-                than `nearest`, or than a threshold takes; no such CLIP.
+            UserError: No folder is named; it is missing or holds no picture or a broken one; fewer
+                pictures than `nearest`, or than a threshold takes; no such CLIP.
         """
         from expunge.pictures import picture_files, read_picture
 
-        files = picture_files(self.folder)
+        folder = self.folder or (concept.images if concept is not None else "")
+        if not folder:
+            raise UserError(
+                "got density clip_images without pictures; allowed: a folder of examples; say "
+                "density.folder, or in a training concept.images"
+            )
+        files = picture_files(folder)
         pictures = [read_picture(file) for file in files]
         # A threshold is taken from each picture's likeness to all others.
         needed = self.nearest if self.prototype == "nearest" else 1
@@ -70,7 +76,7 @@ class ClipImages:
             needed = max(needed + 1, 3)
         if len(files) < needed:
             raise UserError(
-                f"got {len(files)} pictures in {self.folder}; allowed: {needed} or more for these "
+                f"got {len(files)} pictures in {folder}; allowed: {needed} or more for these "
                 "settings; add pictures, or set threshold and nearest"
             )
         from expunge.clip import load_clip
@@ -83,7 +89,7 @@ class ClipImages:
             guides.append((clip, _encode(clip, pictures)))
         examples = [vectors for _, vectors in guides]
         η = likeness_within(examples, k) if self.threshold is None else self.threshold
-        names = [self.name or (concept.name if concept is not None else Path(self.folder).name)]
+        names = [self.name or (concept.name if concept is not None else Path(folder).name)]
         identity = {"examples": sorted(sha256_file(file) for file in files), "nearest": k}
         thresholds = spread_threshold(η, names, device)
         if k is not None:

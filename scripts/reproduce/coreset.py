@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Config:
     sizes: list[int] = field(default_factory=lambda: [8, 32])
     seeds: int = 3
     steps: int = 40
+    rollouts: int = 64
     threads: int = 1
 
 
@@ -52,9 +54,10 @@ def main(argv: list[str]) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     file = config.output_dir / "coreset.json"
     found: dict[str, float] = {}
+    settings = {"steps": config.steps, "rollouts": config.rollouts}
     if file.exists():
         done = json.loads(file.read_text())
-        require_same(file, done.get("steps"), config.steps)
+        require_same(file, done.get("settings"), settings)
         found = done["moved"]
     held_out = HeldOut()
     arms = [("all", 0)] + [(arm, n) for n in config.sizes for arm in ARMS[:2]]
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
             if name not in found:
                 found[name] = held_out.moved(erased(config, arm, n, seed))
                 write_json_atomic(
-                    file, {"moved": found, "steps": config.steps, "provenance": provenance()}
+                    file, {"moved": found, "settings": settings, "provenance": provenance()}
                 )
     print(table(found, arms, config.seeds))
 
@@ -74,13 +77,17 @@ def erased(config: Config, arm: str, n: int, seed: int) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = parse(TrainConfig, ["--config", str(CONFIG), "--output_dir", "unused"])
     how = latents.Replay(
-        steps=8, source="teacher", rollouts=64, refresh=10**6, coreset=0 if arm == "all" else n
+        steps=8,
+        source="teacher",
+        rollouts=config.rollouts,
+        refresh=10**6,
+        coreset=0 if arm == "all" else n,
     )
     kept = replace(recipe.preserve, weight=1.0, batch_size=4, pairs=0.0, neighbours=0)
     folder = config.output_dir / f"{arm}-{n}-{seed}"
     choose = latents.choose
     if arm == "random":
-        latents.choose = at_random
+        latents.choose = partial(at_random, seed=seed)
     try:
         train(
             replace(
@@ -94,10 +101,10 @@ def erased(config: Config, arm: str, n: int, seed: int) -> Path:
     return folder
 
 
-def at_random(g: torch.Tensor, size: int) -> torch.Tensor:
-    """As many latents as a coreset has, all alike."""
+def at_random(g: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """As many latents as a coreset has, all alike; others for every seed."""
     w = torch.zeros(len(g))
-    w[torch.randperm(len(g), generator=torch.Generator().manual_seed(len(g)))[:size]] = 1.0
+    w[torch.randperm(len(g), generator=torch.Generator().manual_seed(seed))[:size]] = 1.0
     return w / w.sum()
 
 

@@ -10,7 +10,9 @@ from expunge import adapters, backbones
 from expunge.concepts import Concept
 from expunge.conditioning import condition
 from expunge.densities.clip_text import ClipText
-from expunge.prediction import alpha_bar, guide, to_x0
+from expunge.prediction import alpha_bar, guide, level, to_x0
+from expunge.sampling.correction import Correction
+from expunge.sampling.guard import guard
 from expunge.train.latents import Maker
 from expunge.train.objectives.density import (
     Density,
@@ -19,6 +21,7 @@ from expunge.train.objectives.density import (
     moved_target,
 )
 from expunge.train.predictions import Networks
+from guarded import draw
 
 generator = torch.Generator().manual_seed(0)
 e0, ep = torch.randn(2, 3, 4, 8, 8, generator=generator).unbind(0)
@@ -35,15 +38,6 @@ def test_without_strength_everywhere_it_is_the_empty_prompts() -> None:
     torch.testing.assert_close(guided_target(ep, e0, eh, torch.ones_like(M), 0.0), e0)
 
 
-def test_under_guidance_it_is_the_guards_correction() -> None:
-    s, w = 4.0, 1.5
-    found = guide(e0, guided_target(ep, e0, eh, M, w), s)
-    wanted = guide(e0, ep, s) - s * M.amax(1, keepdim=True) * (ep - e0)
-    for h in range(2):
-        wanted = wanted - w * s * M[:, h : h + 1] * (eh[:, h] - e0)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-
-
 @pytest.fixture
 def made(tiny_sd1, tiny_clip):
     """A guide for a threshold, on a tiny model, and a batch."""
@@ -58,6 +52,7 @@ def made(tiny_sd1, tiny_clip):
         how = Density(density=ClipText(tiny_clip, threshold=η), **more)
         return how.guide(pipeline, CONCEPT, maker)
 
+    build.pipeline = pipeline
     return build, {"teacher/concept": ep, "teacher/null": e0}, x_t, t, networks
 
 
@@ -97,6 +92,44 @@ def test_what_is_seen_is_guided_by_its_own_text(made) -> None:
     assert not found.requires_grad
     somewhere = build(-1.0, places=2, strength=2.0)(predictions, x_t, t)
     assert not torch.allclose(somewhere, found)
+
+
+@pytest.mark.parametrize("places", [0, 2])
+def test_under_guidance_it_is_what_the_guard_does(made, tiny_clip, places) -> None:
+    """ε* of the guard's own x_t and predictions, where it sees one concept, both, or none."""
+    build, _, _, _, _ = made
+    s, told = 3.0, {"places": places, "strength": 1.5, "guidance_scale": 3.0}
+
+    def guards(η: float):
+        density = ClipText(tiny_clip, threshold=η).build(CONCEPT)
+        how = Correction(strength=1.5, places=places, start=0.0)
+        guarded = guard(build.pipeline, density, how=how)
+        worker, found = guarded._guard, {}
+        correction = worker.correction
+
+        def spy(scheduler, output, t, x_t):
+            Δ = correction(scheduler, output, t, x_t)
+            e_p, e_0, _ = worker.branch.pair()
+            predictions = {"teacher/concept": e_p, "teacher/null": e_0}
+            found["asked"] = predictions, x_t, t.expand(len(x_t))
+            found["said"] = output + level(scheduler, t).slope * Δ
+            found["seen"] = worker.seen
+
+        worker.correction = spy
+        draw(guarded, num_inference_steps=1, guidance_scale=s)
+        return found
+
+    asked = guards(-1.0)["asked"]
+    guide_ = build(-1.0, **told)
+    images, _ = guide_.sight(*asked)
+    with torch.no_grad():
+        scores = guide_.density(images).per_concept.flatten().sort().values
+    η = float(scores[2:4].mean())
+    found = guards(η)
+    assert sorted(found["seen"].sum(1).tolist()) == [0, 1, 2]
+    learnt = build(η, **told)(*found["asked"])
+    e_0 = found["asked"][0]["teacher/null"]
+    torch.testing.assert_close(guide(e_0, learnt, s), found["said"], atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_are_the_concepts_alone_or_beside_what_stays() -> None:

@@ -33,8 +33,10 @@ def guided_target(ep: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Te
         M: Where each concept is seen, in [0, 1], 0 where it is not, (B, H, h, w).
         w: How strongly its text is guided away from.
     """
-    away = (M.unsqueeze(2) * (eh - e0.unsqueeze(1))).sum(1)
-    return ep - M.amax(1, keepdim=True) * (ep - e0) - w * away
+    from expunge import guidance
+
+    taken, away = guidance.against_text(ep - e0, eh - e0.unsqueeze(1), M, M, w)
+    return ep + taken + away.sum(1)
 
 
 def anchored_target(ea: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> Tensor:
@@ -47,7 +49,10 @@ def anchored_target(ea: Tensor, e0: Tensor, eh: Tensor, M: Tensor, w: float) -> 
         M: Where each concept is seen, (B, H, h, w).
         w: How strongly its text is guided away from.
     """
-    return ea - w * (M.unsqueeze(2) * (eh - e0.unsqueeze(1))).sum(1)
+    from expunge import guidance
+
+    _, away = guidance.against_text(ea - e0, eh - e0.unsqueeze(1), M, M, w)
+    return ea + away.sum(1)
 
 
 def moved_target(ep: Tensor, Δ: Tensor, ᾱ: Tensor, s: float) -> Tensor:
