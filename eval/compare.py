@@ -143,8 +143,9 @@ def markdown(found: Comparison) -> str:
     if found.differences:
         lines += ["", "## Differences on the same pictures", ""]
         lines += [
-            f"Shares in percentage points; {found.tests} p-values "
-            "corrected together (Holm). Pairs with an unknown answer are left out.",
+            f"Shares in percentage points, other numbers by a paired bootstrap and permutation of "
+            f"prompts; {found.tests} p-values corrected together (Holm). Pairs with an unknown "
+            "answer are left out.",
             "",
         ]
         head = ["of", "against", "metric", "difference", "p", "p (Holm)", "pairs", "unknown"]

@@ -256,6 +256,7 @@ def _opinion(scored: Scored) -> dict[str, Any]:
     return {
         "picture": scored["picture"],
         "answers": answers_of(scored),
+        "values": scored.get("values", {}),
         "top": top,
         "details": scored.get("details"),
         "errors": errors_of(scored),
