@@ -184,7 +184,7 @@ def markdown(evaluation: Evaluation) -> str:
         f"model, {suite.steps} steps, guidance {suite.guidance_scale:g}, judged by "
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
-        "Brackets are 95 % intervals (Wilson).",
+        f"Brackets are 95 % intervals: {_intervals(evaluation)}.",
         *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
         *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
@@ -208,6 +208,16 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [f"- `{name}`: {metric.meaning}." for name, metric in suite.metrics.items()]
     lines += ["", "![base and erased at the same seeds](grid.png)", ""]
     return "\n".join(lines)
+
+
+def _intervals(evaluation: Evaluation) -> str:
+    rates = "of rates Wilson's, pictures of one prompt counting as what they are worth together"
+    if not evaluation.outcome.protocols:
+        return rates
+    return (
+        f"{rates}; of metrics that look at pictures, by prompt: of means a bootstrap's, of shares "
+        "the wider of that and Wilson's, of numbers of a whole set a jackknife's"
+    )
 
 
 def print_table(evaluation: Evaluation) -> None:
