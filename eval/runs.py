@@ -15,6 +15,7 @@ from expunge.results import sha256_file
 
 REPORT = "report.json"
 SCORES = "scores.json"
+COST = "cost.json"
 BASE = "base"
 VALUES = "values"
 SCHEMA_VERSION = 1
@@ -55,6 +56,12 @@ class Run:
     def store(self) -> ImageStore:
         """Its pictures."""
         return ImageStore(self.images)
+
+    def cost(self) -> dict[str, Any]:
+        """What it took, another thing in every run; empty where nobody wrote it."""
+        file = self.folder / COST
+        found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        return found
 
     def answers(self, metric: str, model: str | None = None) -> dict[int, Answer]:
         """Place of the case -> answer or number, of all pictures that a metric has one of.
