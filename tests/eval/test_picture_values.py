@@ -103,6 +103,10 @@ def test_methods_are_paired_by_them_and_corrected_together(
     assert main(["compare", *map(str, words)]) == 0
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert written["tests"] == sum(d["p"] is not None for d in written["differences"])
+    assert {k: x["kind"] for k, x in written["pareto"]["planes"].items()} == {
+        "clip": "quality", "kid": "quality"
+    }  # fmt: skip
+    assert 'id="planes"' in (tmp_path / "out" / "compare.html").read_text()
     for name in ("compare.md", "compare.html"):
         text = (tmp_path / "out" / name).read_text()
         assert all(f"{metric}" in text for metric in NUMBERS)
