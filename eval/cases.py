@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 # What a detector says about one picture: label -> score in [0, 1], e.g. "object/bomb" -> 0.98.
 Observation = Mapping[str, float]
+# What a metric has of one picture: a judge's answer, or a number; None is unknown.
+Answer = bool | float | None
 
 
 class Seen(dict[str, float]):

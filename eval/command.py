@@ -162,7 +162,7 @@ def _run(
         if "base" in outcomes
         else {},
     )
-    report = write_report(evaluation, store, config.output_dir)
+    # The page tells the cost; report.json and report.md do not, so that a rerun says the same.
     write_json_atomic(
         config.output_dir / "cost.json",
         {
@@ -172,6 +172,7 @@ def _run(
             "notes": store.notes,
         },
     )
+    report = write_report(evaluation, store, config.output_dir)
     print_table(evaluation)
     for note in store.notes:
         print(f"note: {note}")

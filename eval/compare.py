@@ -75,7 +75,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
     if points:
         title = f"Suite {found.report['suite']} {found.report['version']}"
         title += ", smoke run: not comparable" if found.report["smoke"] else ""
-        front.draw(points, front.plane_front(points), title, folder / "pareto.png")
+        planes = front.planes(measured, points, found.report.get("protocols", {}))
+        front.draw(points, front.plane_front(points), title, folder / "pareto.png", planes)
     files = {"compare.md": markdown(found), "compare.html": comparison_page(found)}
     if config.form == "thesis":
         files |= _thesis(found)
@@ -117,6 +118,10 @@ def to_dict(found: Comparison) -> dict[str, Any]:
         "pareto": {
             "points": {name: asdict(point) for name, point in points.items()},
             "front": front.plane_front(points) if points else [],
+            "planes": {
+                plane.metric: {"kind": plane.kind, "front": plane.front}
+                for plane in front.planes(measured, points, found.report.get("protocols", {}))
+            },
             "metrics": counted,
             "front_of_all_metrics": best,
         },
@@ -143,8 +148,9 @@ def markdown(found: Comparison) -> str:
     if found.differences:
         lines += ["", "## Differences on the same pictures", ""]
         lines += [
-            f"Shares in percentage points; {found.tests} p-values "
-            "corrected together (Holm). Pairs with an unknown answer are left out.",
+            f"Shares in percentage points, other numbers by a paired bootstrap and permutation of "
+            f"prompts; {found.tests} p-values corrected together (Holm). Pairs with an unknown "
+            "answer are left out.",
             "",
         ]
         head = ["of", "against", "metric", "difference", "p", "p (Holm)", "pairs", "unknown"]
@@ -161,6 +167,9 @@ def markdown(found: Comparison) -> str:
     if points:
         lines += ["", "## Erased against kept", ""]
         lines.append(f"No other beats: {', '.join(front.plane_front(points))}.")
+        for plane in front.planes(measured, points, report.get("protocols", {})):
+            names = ", ".join(plane.front)
+            lines.append(f"In erasure and {plane.kind} (`{plane.metric}`): {names}.")
         best, counted = front.full_front(measured)
         lines.append(f"In all {len(counted)} metrics at once: {', '.join(best)}.")
         lines += ["", "![erased against kept](pareto.png)"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from expunge.errors import UserError
+from expunge.eval.cases import Answer
 from expunge.eval.front import mean_interval
 from expunge.eval.runs import BASE, Run
-from expunge.eval.significance import Paired, compare_answers, compare_shares, holm, over_seeds
+from expunge.eval.significance import (
+    Paired,
+    compare_answers,
+    compare_numbers,
+    compare_shares,
+    holm,
+    over_seeds,
+)
 
 Measured = dict[str, Any]
 
@@ -52,15 +60,23 @@ class Method:
             if all(name in table for table in tables)
         }
 
-    def answers(self, metric: str) -> Sequence[bool | float | None]:
-        """The answer on each picture; of several trainings the share of those with a yes.
+    def answers(self, metric: str) -> dict[int, Answer]:
+        """The answer or number of each picture; of several trainings the mean, yes being one.
 
         None: one of them could not be judged.
         """
-        if len(self.runs) == 1:
-            return self.runs[0].answers(metric)
-        columns = zip(*(run.answers(metric) for run in self.runs), strict=True)
-        return [None if None in given else sum(map(bool, given)) / len(given) for given in columns]
+        first, *others = [run.answers(metric) for run in self.runs]
+        if not others:
+            return first
+        columns = {
+            i: [answer, *(x[i] for x in others)]
+            for i, answer in first.items()
+            if all(i in x for x in others)
+        }
+        return {
+            i: sum(x for x in given if x is not None) / len(given) if None not in given else None
+            for i, given in columns.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class Difference:
         against: The other, which is subtracted.
         unit: Of the difference; a share's is in [-1, 1].
         higher_is_better: The metric's direction.
-        test: How p was found; None where no answers of single pictures are there to be paired.
+        test: How p was found; None where no two pictures are there to be paired.
         paired: Difference, interval, p and n; None without a pair that both could be judged on.
         unknown: Pairs left out because one of them could not be judged.
         p_holm: p, corrected for all tests of the comparison.
@@ -150,6 +166,11 @@ def compare(methods: Sequence[Method]) -> Comparison:
             "of methods with several trainings, intervals cover the trainings; tests take the mean "
             "of these very checkpoints on each picture; pictures are the first training's"
         )
+    if old := [str(run.folder) for run in runs if not run.keeps_values]:
+        notes.append(
+            f"{', '.join(old)}: written before reports kept the numbers of single pictures, so its "
+            "differences in the metrics that look at pictures are not known; evaluate it again"
+        )
     first = methods[0]
     found = _differences(methods[1:], first.name, first.answers)
     if base is not None:
@@ -162,41 +183,46 @@ def compare(methods: Sequence[Method]) -> Comparison:
 def _differences(
     methods: Sequence[Method],
     against: str,
-    answers: Callable[[str], Sequence[bool | float | None]],
+    answers: Callable[[str], Mapping[int, Answer]],
 ) -> list[Difference]:
     theirs = cache(answers)  # asked once, not of each method
-    return [
-        _difference(method, against, name, m, theirs(name))
-        for method in methods
-        for name, m in _asked(method)
-    ]
-
-
-def _asked(method: Method) -> list[tuple[str, Measured]]:
-    """The metrics that have an answer for each picture; others have nothing to pair."""
-    return [(name, m) for name, m in method.metrics().items() if method.runs[0].prompts(name)]
+    found = []
+    for method in methods:
+        for name, m in method.metrics().items():
+            ours, others = method.answers(name), theirs(name)
+            # Of a distance between two sets no picture has a part, and there is nothing to pair.
+            if both := [i for i in ours if i in others]:
+                prompts = [method.runs[0].rows[i]["prompt"] for i in both]
+                pairs = [others[i] for i in both], [ours[i] for i in both]
+                found.append(_difference(method.name, against, name, m, pairs, prompts))
+    return found
 
 
 def _difference(
-    method: Method,
+    of: str,
     against: str,
     name: str,
     m: Measured,
-    theirs: Sequence[bool | float | None],
+    pairs: tuple[Sequence[Answer], Sequence[Answer]],
+    prompts: Sequence[str],
 ) -> Difference:
-    ours, prompts = method.answers(name), method.runs[0].prompts(name)
+    theirs, ours = pairs
+    unit = m.get("unit", "share")
     known = [None not in pair for pair in zip(theirs, ours, strict=True)]
-    counted = all(isinstance(x, bool) or x is None for x in (*theirs, *ours))
-    pair: Any = compare_answers if counted else compare_shares
+    counted = unit == "share" and all(isinstance(x, bool) or x is None for x in (*theirs, *ours))
+    shares: Any = compare_answers if counted else compare_shares
+    pair: Any = shares if unit == "share" else compare_numbers
     paired: Paired | None = pair(theirs, ours, prompts)
     kept = [prompt for prompt, judged in zip(prompts, known, strict=True) if judged]
     exact = counted and len(set(kept)) == len(kept)
     test = "McNemar, exact" if exact else "permutation of prompts"
+    if unit != "share":
+        test = "paired permutation"
     return Difference(
         metric=name,
-        of=method.name,
+        of=of,
         against=against,
-        unit=m.get("unit", "share"),
+        unit=unit,
         higher_is_better=m["higher_is_better"],
         test=test if paired else None,
         paired=paired,

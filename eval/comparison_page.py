@@ -45,6 +45,7 @@ def comparison_page(found: Comparison) -> str:
         window=window(points),
         line=line,
         steps=steps([points[name] for name in line]),
+        planes=front.planes(measured, points, found.report.get("protocols", {})),
         best=best,
         counted=counted,
         groups=groups,

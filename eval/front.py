@@ -13,6 +13,9 @@ from expunge.eval.significance import pareto
 
 # The page's, in its order; the base is gray.
 COLOURS = ("#2563a8", "#c2641b", "#2b8a4e", "#8c4fb0", "#b8375f", "#14808a", "#8a6d14")
+# What a metric's protocol calls it, and what it tells of pictures besides erasure.
+KINDS = dict.fromkeys(("clip_score", "aesthetic", "hps", "fid", "kid", "cmmd"), "quality")
+KINDS["vendi"] = "diversity"
 Measured = Mapping[str, Any]
 
 
@@ -31,6 +34,25 @@ class Point:
     kept: float
     seen_interval: tuple[float, float]
     kept_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How much is still seen, against one number of the pictures.
+
+    Attributes:
+        metric: The number's.
+        kind: quality or diversity.
+        higher_is_better: Its direction.
+        values: Column -> measurement. The base has no distance to itself.
+        front: The columns that no other beats in both.
+    """
+
+    metric: str
+    kind: str
+    higher_is_better: bool
+    values: Mapping[str, Measured]
+    front: list[str]
 
 
 def points(measured: Mapping[str, Mapping[str, Measured]], base: str | None) -> dict[str, Point]:
@@ -101,27 +123,86 @@ def full_front(
     return pareto(values, [first[name]["higher_is_better"] for name in names]), names
 
 
-def draw(found: Mapping[str, Point], front: Sequence[str], title: str, file: Path) -> None:
-    """Draw the plane: crosses are 95 % intervals, the dashed line joins the front."""
+def planes(
+    measured: Mapping[str, Mapping[str, Measured]],
+    found: Mapping[str, Point],
+    protocols: Mapping[str, Mapping[str, Any]],
+) -> list[Plane]:
+    """Erasure against each measured number of quality or diversity that two columns or more have.
+
+    Args:
+        measured: Column -> metric -> measurement.
+        found: The columns' points.
+        protocols: Of the metrics that look at pictures.
+    """
+    planes = []
+    for name, protocol in protocols.items():
+        kind = KINDS.get(protocol.get("metric", ""))
+        values = {
+            column: metrics[name]
+            for column, metrics in measured.items()
+            if column in found and name in metrics and metrics[name]["value"] is not None
+        }
+        if kind is not None and len(values) > 1:
+            higher = next(iter(values.values()))["higher_is_better"]
+            sides = {column: (found[column].seen, m["value"]) for column, m in values.items()}
+            planes.append(Plane(name, kind, higher, values, pareto(sides, (False, higher))))
+    return planes
+
+
+def draw(
+    found: Mapping[str, Point],
+    front: Sequence[str],
+    title: str,
+    file: Path,
+    others: Sequence[Plane] = (),
+) -> None:
+    """Draw the planes: crosses are 95 % intervals, the dashed lines join the fronts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    line = sorted((100 * found[n].seen, 100 * found[n].kept) for n in front)
+    figure = Figure(figsize=(6.4 * (1 + len(others)), 4.4), layout="constrained")
+    first, *rest = figure.subplots(1, 1 + len(others), squeeze=False)[0]
+    first.set_title(title, loc="left", fontsize=10)
+    kept = {
+        name: (100 * p.kept, 100 * p.kept_interval[0], 100 * p.kept_interval[1])
+        for name, p in found.items()
+    }
+    _panel(first, found, kept, front)
+    first.set(ylabel="kept, % of base (more is better)")
+    for axes, plane in zip(rest, others, strict=True):
+        ends = {
+            name: (m["value"], *(m["value"] if m[k] is None else m[k] for k in ("low", "high")))
+            for name, m in plane.values.items()
+        }
+        _panel(axes, found, ends, plane.front)
+        better = "more" if plane.higher_is_better else "less"
+        axes.set(ylabel=f"{plane.metric} ({better} is better)")
+        axes.set_title(plane.kind, loc="left", fontsize=10)
+        if not plane.higher_is_better:
+            axes.invert_yaxis()
+    figure.savefig(file, dpi=150)
+
+
+def _panel(
+    axes: Any,
+    found: Mapping[str, Point],
+    upwards: Mapping[str, tuple[float, float, float]],
+    front: Sequence[str],
+) -> None:
+    """Points at how much is still seen, across, and at a number with its interval, upwards."""
+    line = sorted((100 * found[n].seen, upwards[n][0]) for n in front)
     axes.step(*zip(*line, strict=True), where="post", ls="--", lw=1, color="#9a9da2", zorder=1)
     colours = {"base": "#7d828a"} | dict(zip((n for n in found if n != "base"), cycle(COLOURS)))
-    places: dict[tuple[int, int], list[str]] = {}  # names at one place would hide each other
-    for name, p in found.items():
-        x, y = 100 * p.seen, 100 * p.kept
-        errors = [[[100 * abs(v - e)] for e in ends] for v, ends in
-                  ((p.seen, p.seen_interval), (p.kept, p.kept_interval))]  # fmt: skip
+    places: dict[tuple[float, float], list[str]] = {}  # names at one place would hide each other
+    for name, (y, *y_ends) in upwards.items():
+        p = found[name]
+        x, x_ends = 100 * p.seen, [100 * end for end in p.seen_interval]
+        errors = [[[abs(v - end)] for end in ends] for v, ends in ((x, x_ends), (y, y_ends))]
         colour = colours[name]
         face = "white" if name == "base" else colour
         axes.errorbar(x, y, errors[1], errors[0], "o", color=colour, mfc=face, elinewidth=1)
-        places.setdefault((round(x), round(y)), []).append(name)
+        places.setdefault((round(x), float(f"{y:.2g}")), []).append(name)
     for place, names in places.items():
         axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points")
-    axes.set(xlabel="still seen, % (less is better)", ylabel="kept, % of base (more is better)")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set(xlabel="still seen, % (less is better)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from expunge.errors import UserError, unknown_name
-from expunge.eval.cases import Case, Observation, Question
+from expunge.eval.cases import Answer, Case, Observation, Question
 from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import Generator, threads
 from expunge.eval.judging import Look, judge
@@ -57,6 +57,8 @@ class Outcome:
         protocols: How each metric that looks at pictures does it.
         failures: Of each of these, the places of the cases whose pictures it could not take in,
             and why.
+        values: Of each of these that is a mean or a share, what each picture contributes: place of
+            the case -> number; None is one that it could not take in.
         seconds: What took how long.
     """
 
@@ -68,13 +70,19 @@ class Outcome:
     judged: dict[str, tuple[Score, ...]] = field(default_factory=dict)
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
+    values: dict[str, dict[int, Answer]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def answers(self, metric: str) -> list[tuple[int, bool | None]]:
-        """(place of the case, answer) of all that a metric counted, `metric@judge` included."""
+    def answers(self, metric: str) -> dict[int, Answer]:
+        """Place of the case -> answer or number, of all pictures that a metric has one of.
+
+        `metric@judge` is a second opinion's.
+        """
+        if metric in self.protocols:
+            return self.values.get(metric, {})
         name, _, by = metric.partition("@")
         scores = self.judged[by] if by else self.scores
-        return [(i, s.answers[name]) for i, s in enumerate(scores) if name in s.answers]
+        return {i: s.answers[name] for i, s in enumerate(scores) if name in s.answers}
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,12 @@ def evaluate(
         outcome.metrics[name], failed = look(tally, places, cases, keys, store, base)
         outcome.protocols[name] = tally.protocol()
         outcome.failures[name] = failed
+        if (each := tally.each()) is not None:
+            outcome.values[name] = {
+                i: None if i in failed else each[cases[i]]
+                for i in places
+                if i in failed or cases[i] in each
+            }
         clock.lap(name)
     outcome.seconds.update(clock.laps)
     return outcome

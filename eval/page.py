@@ -44,6 +44,7 @@ def evaluation_page(run: Run) -> str:
         groups=groups,
         details=details,
         omitted=omitted,
+        costs=costs(run.cost(), models),
         originals=report["provenance"].get("images", "images"),
     )
 
@@ -130,6 +131,29 @@ def errors_of(scored: Scored) -> list[str]:
         found += [f"{judge}: {theirs['error']}"] if theirs.get("error") else []
     found += [f"{metric}: {error}" for metric, error in scored.get("metric_errors", {}).items()]
     return found
+
+
+def costs(cost: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
+    """What was made and what took how many seconds: one row for each thing, a cell for a model.
+
+    Args:
+        cost: What cost.json holds; empty where there is none.
+        models: The columns.
+    """
+    made, seconds = (
+        {m: cost.get(key, {}).get(m) for m in models} for key in ("generated", "seconds")
+    )
+    if None in (*made.values(), *seconds.values()):
+        return []
+    found = {"pictures made": {m: str(made[m]) for m in models}}
+    found["seconds of making"] = {m: f"{seconds[m].get('generate', 0):.1f}" for m in models}
+    found["seconds a picture"] = {
+        m: display.plain(seconds[m].get("generate", 0) / made[m] if made[m] else None, "number")
+        for m in models
+    }
+    for step in dict.fromkeys(step for m in models for step in seconds[m] if step != "generate"):
+        found[f"seconds of {step}"] = {m: f"{seconds[m].get(step, 0):.1f}" for m in models}
+    return [{"what": what, "cells": cells} for what, cells in found.items()]
 
 
 def gallery(
@@ -256,6 +280,7 @@ def _opinion(scored: Scored) -> dict[str, Any]:
     return {
         "picture": scored["picture"],
         "answers": answers_of(scored),
+        "values": scored.get("values", {}),
         "top": top,
         "details": scored.get("details"),
         "errors": errors_of(scored),

@@ -21,7 +21,7 @@ from expunge.eval.page import evaluation_page
 from expunge.eval.reasons import told
 from expunge.eval.runs import SCHEMA_VERSION, Run
 from expunge.eval.sheet import evaluation_sheet
-from expunge.eval.significance import Paired, compare_answers, holm
+from expunge.eval.significance import Paired, compare_answers, compare_numbers, holm
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 from expunge.pictures import save_png
@@ -82,16 +82,16 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> dict[str, Paired]:
-        """Of what is counted, erased minus base on the same prompts and seeds; p is Holm's."""
+        """Of what single pictures have, erased minus base at the same seeds; p is Holm's."""
         if self.base is None:
             return {}
         found = {}
-        for name in self.outcome.metrics:
-            if name in self.outcome.protocols:
-                continue
+        for name, measured in self.outcome.metrics.items():
             ours, theirs = self.outcome.answers(name), self.base.answers(name)
-            prompts = [self.plan.cases[i].prompt for i, _ in ours]
-            pair = compare_answers([a for _, a in theirs], [a for _, a in ours], prompts)
+            both = [i for i in ours if i in theirs]
+            prompts = [self.plan.cases[i].prompt for i in both]
+            test: Any = compare_answers if measured.unit == "share" else compare_numbers
+            pair = test([theirs[i] for i in both], [ours[i] for i in both], prompts)
             if pair is not None:
                 found[name] = pair
         corrected = holm({name: pair.p for name, pair in found.items()})
@@ -184,7 +184,7 @@ def markdown(evaluation: Evaluation) -> str:
         f"model, {suite.steps} steps, guidance {suite.guidance_scale:g}, judged by "
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
-        "Brackets are 95 % intervals (Wilson).",
+        f"Brackets are 95 % intervals: {_intervals(evaluation)}.",
         *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
         *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
@@ -208,6 +208,16 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [f"- `{name}`: {metric.meaning}." for name, metric in suite.metrics.items()]
     lines += ["", "![base and erased at the same seeds](grid.png)", ""]
     return "\n".join(lines)
+
+
+def _intervals(evaluation: Evaluation) -> str:
+    rates = "of rates Wilson's, pictures of one prompt counting as what they are worth together"
+    if not evaluation.outcome.protocols:
+        return rates
+    return (
+        f"{rates}; of metrics that look at pictures, by prompt: of means a bootstrap's, of shares "
+        "the wider of that and Wilson's, of numbers of a whole set a jackknife's"
+    )
 
 
 def print_table(evaluation: Evaluation) -> None:
@@ -262,11 +272,20 @@ def _differences(evaluation: Evaluation) -> list[str]:
     if not found:
         return []
     header = ["metric", f"{evaluation.label} − base", "p (Holm)", "pairs"]
-    lines = ["", "On the same prompts and seeds (McNemar's exact test; where prompts repeat, a "]
-    lines[-1] += "permutation of whole prompts; intervals of Bonett and Price):"
-    lines += ["", _row(header), _row(["---"] * len(header))]
+    lines = [
+        "",
+        "On the same prompts and seeds. Shares, in percentage points: McNemar's exact test, or "
+        "where prompts repeat a permutation of whole prompts; intervals of Bonett and Price. Other "
+        "numbers: that permutation, and a bootstrap of the pairs by prompt.",
+        "",
+        _row(header),
+        _row(["---"] * len(header)),
+    ]
     for name, x in found.items():
-        points = f"{100 * x.difference:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"
+        share = evaluation.outcome.metrics[name].unit == "share"
+        ends = (x.difference, x.low, x.high)
+        size, low, high = (f"{100 * v:+.1f}" if share else f"{v:+.4g}" for v in ends)
+        points = f"{size} [{low}, {high}]"
         lines.append(_row([f"`{name}`", points, f"{x.p:.2g}", str(x.n)]))
     return lines
 
@@ -280,6 +299,9 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
             judges = {name: _score(scores[i]) for name, scores in outcome.judged.items()}
             if judges:
                 models[model]["judges"] = judges
+            if outcome.protocols:
+                each = {name: x[i] for name, x in outcome.values.items() if i in x}
+                models[model]["values"] = each
             failed = {name: why[i] for name, why in outcome.failures.items() if i in why}
             if failed:
                 models[model]["metric_errors"] = failed

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import UserError
+from expunge.eval.cases import Answer
 from expunge.eval.store import ImageStore
 from expunge.results import sha256_file
 
 REPORT = "report.json"
 SCORES = "scores.json"
+COST = "cost.json"
 BASE = "base"
+VALUES = "values"
 SCHEMA_VERSION = 1
 # What two evaluations must share for their numbers to mean the same, and what it is called.
 SAME = {
@@ -54,17 +57,27 @@ class Run:
         """Its pictures."""
         return ImageStore(self.images)
 
-    def answers(self, metric: str, model: str | None = None) -> list[bool | None]:
-        """The answers that a metric counted, `metric@judge` included, in the order of the cases."""
-        return [given[metric] for _, given in self._asked(metric, model or self.label)]
+    def cost(self) -> dict[str, Any]:
+        """What it took, another thing in every run; empty where nobody wrote it."""
+        file = self.folder / COST
+        found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        return found
 
-    def prompts(self, metric: str) -> list[str]:
-        """The prompts of the same pictures."""
-        return [row["prompt"] for row, _ in self._asked(metric, self.label)]
+    def answers(self, metric: str, model: str | None = None) -> dict[int, Answer]:
+        """Place of the case -> answer or number, of all pictures that a metric has one of.
 
-    def _asked(self, metric: str, model: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        found = [(row, answers_of(row[model])) for row in self.rows]
-        return [(row, answers) for row, answers in found if metric in answers]
+        `metric@judge` is a second opinion's.
+        """
+        key = model or self.label
+        each = (answers_of(row[key]) | row[key].get(VALUES, {}) for row in self.rows)
+        return {i: given[metric] for i, given in enumerate(each) if metric in given}
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether it says what each picture contributes to metrics that look at pictures."""
+        return not self.report.get("protocols") or all(
+            VALUES in row[self.label] for row in self.rows
+        )
 
 
 def answers_of(scored: Mapping[str, Any]) -> dict[str, bool | None]:

@@ -273,6 +273,31 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
 
 
+def compare_numbers(
+    a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Hashable]
+) -> Paired | None:
+    """The same where each picture has a number, such as its CLIP score: the paired bootstrap.
+
+    The interval is `cluster_bootstrap`'s of the mean of b − a: prompts are drawn, and with each all
+    its pairs (Efron and Tibshirani 1993, An Introduction to the Bootstrap). p is `sign_flip`'s: a
+    permutation test keeps its level with few prompts, the data themselves being one of its draws
+    (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585). Of a single prompt, pictures are drawn and
+    flipped.
+
+    Returns:
+        None with fewer than two pairs, which do not tell how they spread.
+    """
+    kept = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if None not in (x, y)]
+    if len(kept) < 2:
+        return None
+    x, y = (np.array([side[i] for i in kept], np.float64) for side in (a, b))
+    names = [clusters[i] for i in kept]
+    names = names if len(set(names)) > 1 else list(range(len(kept)))
+    low, high = cluster_bootstrap((y - x).tolist(), names)
+    p = sign_flip(x.tolist(), y.tolist(), names)
+    return Paired(float((y - x).mean()), low, high, p, len(kept))
+
+
 def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
     """Shapes of parts of a matrix, each of about `AT_ONCE` numbers: the same numbers in turn."""
     step = max(1, AT_ONCE // max(1, width))

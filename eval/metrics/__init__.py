@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from expunge.registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -131,3 +131,9 @@ class Tally(Protocol):
 
     def compute(self) -> "Measurement":
         """The number; value None where what was seen does not suffice for one."""
+
+    def each(self) -> "Mapping[Case, bool | float] | None":
+        """What each picture contributes where the number is their mean, or their share.
+
+        None: it is no such mean. A picture may be left out; that of the base has no distance to it.
+        """

@@ -15,8 +15,7 @@ from expunge.errors import UserError
 from expunge.eval.checkpoints import load_into, read_tensors, state_sha256
 from expunge.eval.features.clip import CLIP_HELP, clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
-from expunge.results import Measurement
+from expunge.eval.metrics.pictures import MeanTally, PictureSettings, good, says
 
 WHAT = "aesthetic head"
 WHERE = (
@@ -62,14 +61,13 @@ class Aesthetic(PictureSettings):
         return AestheticTally(self)
 
 
-class AestheticTally(PictureTally):
+class AestheticTally(MeanTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: Aesthetic) -> None:
         tensors = read_tensors(settings.head, WHAT, WHERE)
         device = device_of(settings.device)
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
         self._clip = load_clip(settings.clip, device)
         first = tensors.get("layers.0.weight")
         if first is not None and first.shape[-1] != self._clip.width:
@@ -94,7 +92,3 @@ class AestheticTally(PictureTally):
         """See pictures."""
         x = self._clip.encode_images(batch.images.to(self._clip.device))
         self._seen.add(batch.cases, self._head(x).cpu().numpy())
-
-    def compute(self) -> Measurement:
-        """The mean."""
-        return self._settings.mean(self._seen)

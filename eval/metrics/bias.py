@@ -95,7 +95,7 @@ class BiasTally(PictureTally):
         settings = self._settings
         cases, pairs = self._pairs()
         if settings.measure == "miss_rate":
-            return share(settings, cases, [bool(X - Y) for X, Y in pairs])
+            return share(settings, cases, [missed(X, Y) for X, Y in pairs])
         if settings.measure == "hallucination":
             each = Gathered()
             each.add(cases, np.array([hallucination(X, Y) for X, Y in pairs], np.float64))
@@ -108,6 +108,14 @@ class BiasTally(PictureTally):
             for g in np.unique(folds)
         ]
         return settings.measurement(value, jackknife_interval(value, without), len(pairs))
+
+    def each(self) -> dict[Case, bool | float] | None:
+        """H_J or the miss of each picture; B_D is one of all of them."""
+        if self._settings.measure == "distribution":
+            return None
+        of = missed if self._settings.measure == "miss_rate" else hallucination
+        cases, pairs = self._pairs()
+        return {case: of(X, Y) for case, (X, Y) in zip(cases, pairs, strict=True)}
 
     def _pairs(self) -> tuple[list[Case], list[tuple[Labels, Labels]]]:
         """The pictures with a prompted object, and of each the prompted and the seen ones."""
@@ -138,6 +146,11 @@ def prompted(case: Case, objects: Observation, Y: Labels) -> Labels:
 def hallucination(X: Labels, Y: Labels) -> float:
     """1 − |X ∩ Y| / |X ∪ Y|, X not empty."""
     return 1 - len(X & Y) / len(X | Y)
+
+
+def missed(X: Labels, Y: Labels) -> bool:
+    """Whether a prompted object is not seen."""
+    return bool(X - Y)
 
 
 def distribution_bias(pairs: Sequence[tuple[Labels, Labels]]) -> float:

@@ -11,8 +11,7 @@ from expunge.backbones import device_of
 from expunge.clip import load_clip
 from expunge.eval.features.clip import CLIP_HELP, clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
-from expunge.results import Measurement
+from expunge.eval.metrics.pictures import MeanTally, PictureSettings, good, says
 
 Name = Literal["cosine", "logits", "torchmetrics", "clipscore", "sdd"]
 
@@ -72,12 +71,12 @@ class ClipScore(PictureSettings):
         return ClipScoreTally(self)
 
 
-class ClipScoreTally(PictureTally):
+class ClipScoreTally(MeanTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: ClipScore) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
+        self._name = settings.formula
         self._clip = load_clip(settings.clip, device_of(settings.device))
         self._formula = FORMULAS[settings.formula]
         own = self._formula.prefix
@@ -87,7 +86,7 @@ class ClipScoreTally(PictureTally):
         """CLIP, formula and prefix."""
         return {
             "metric": "clip_score",
-            "formula": self._settings.formula,
+            "formula": self._name,
             "prefix": self._prefix,
             **clip_protocol(self._clip),
         }
@@ -99,7 +98,3 @@ class ClipScoreTally(PictureTally):
         pictures = self._clip.encode_images(batch.images.to(self._clip.device))
         cosine = (pictures * self._clip.encode_texts(texts)).sum(1)
         self._seen.add(batch.cases, self._formula.of(cosine).cpu().numpy())
-
-    def compute(self) -> Measurement:
-        """The mean."""
-        return self._settings.mean(self._seen)

@@ -14,8 +14,7 @@ from expunge.errors import unknown_name
 from expunge.eval.checkpoints import load_into, read_tensors
 from expunge.eval.features.clip import clip_protocol
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import PictureSettings, PictureTally, good, says
-from expunge.results import Measurement
+from expunge.eval.metrics.pictures import MeanTally, PictureSettings, good, says
 
 WHERE = "https://huggingface.co/xswu/HPSv2 (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt)"
 
@@ -41,12 +40,11 @@ class HumanPreference(PictureSettings):
         return HumanPreferenceTally(self)
 
 
-class HumanPreferenceTally(PictureTally):
+class HumanPreferenceTally(MeanTally):
     """Scores of one model's pictures."""
 
     def __init__(self, settings: HumanPreference) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
         self._clip = _load(settings).to(device_of(settings.device))
 
     def protocol(self) -> dict[str, Any]:
@@ -59,10 +57,6 @@ class HumanPreferenceTally(PictureTally):
         pictures = self._clip.encode_images(batch.images.to(self._clip.device))
         texts = self._clip.encode_texts([case.prompt for case in batch.cases])
         self._seen.add(batch.cases, (100 * (pictures * texts).sum(1)).cpu().numpy())
-
-    def compute(self) -> Measurement:
-        """The mean."""
-        return self._settings.mean(self._seen)
 
 
 def _load(settings: HumanPreference) -> Clip:

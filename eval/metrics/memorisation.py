@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from expunge.eval.cases import Case
 from expunge.eval.features import FEATURES, Extractor, extract
 from expunge.eval.metrics import Batch
 from expunge.eval.metrics.pictures import PictureSettings, PictureTally, says
@@ -77,12 +78,18 @@ class MemorisationTally(PictureTally):
 
     def compute(self) -> Measurement:
         """The share of copies."""
+        return share(self._settings, *self._copies())
+
+    def each(self) -> dict[Case, bool | float]:
+        """Whether each is a copy."""
+        return dict(zip(*self._copies(), strict=True))
+
+    def _copies(self) -> tuple[list[Case], list[bool]]:
         if not len(self._seen):
-            return self._settings.measurement(None, unit="share")
+            return [], []
         cases, (nearest,) = self._seen.in_order()
         # A picture has a cosine of 1 with itself, but for rounding.
-        copies = nearest + 1e-9 >= self._settings.threshold
-        return share(self._settings, cases, copies.tolist())
+        return cases, (nearest + 1e-9 >= self._settings.threshold).tolist()
 
 
 def unit(X: Values) -> Values:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +10,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expunge.eval.metrics import Batch
-from expunge.eval.metrics.pictures import PictureSettings, PictureTally
-from expunge.results import Measurement
+from expunge.eval.metrics.pictures import MeanTally, PictureSettings
 
 
-@dataclass
-class PairedTally(PictureTally):
+class PairedTally(MeanTally):
     """Distances of one model's pictures to the base's; of the base itself there are none.
 
-    Attributes:
+    Args:
         settings: The metric's.
         distance: Pictures (B, 3, H, W) twice, in [-1, 1], to B distances.
         told: The protocol.
     """
 
-    settings: PictureSettings
-    distance: Callable[[Tensor, Tensor], Tensor]
-    told: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        settings: PictureSettings,
+        distance: Callable[[Tensor, Tensor], Tensor],
+        told: dict[str, Any],
+    ) -> None:
+        super().__init__(settings)
+        self._distance = distance
+        self._told = told
 
     def protocol(self) -> dict[str, Any]:
         """All that determines the number."""
-        return dict(self.told)
+        return dict(self._told)
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
@@ -44,8 +44,4 @@ class PairedTally(PictureTally):
         base = batch.base
         if base.shape[-2:] != batch.images.shape[-2:]:
             base = F.interpolate(base, batch.images.shape[-2:], mode="bilinear", antialias=True)
-        self._seen.add(batch.cases, self.distance(batch.images, base).double().cpu().numpy())
-
-    def compute(self) -> Measurement:
-        """The mean, with its cluster bootstrap by prompt."""
-        return self.settings.mean(self._seen)
+        self._seen.add(batch.cases, self._distance(batch.images, base).double().cpu().numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,29 @@ class PictureTally:
     def begin(self, keep: Path | None = None) -> None:
         """Forget all pictures."""
         self._seen = Gathered()
+
+    def each(self) -> Mapping[Case, bool | float] | None:
+        """Of a number that only a set of pictures has, none has a part."""
+        return None
+
+
+class MeanTally(PictureTally):
+    """A number of each of one model's pictures; their mean is what is measured."""
+
+    def __init__(self, settings: PictureSettings) -> None:
+        super().__init__()
+        self._mean = settings.mean
+
+    def each(self) -> dict[Case, bool | float]:
+        """The numbers."""
+        if not len(self._seen):
+            return {}
+        cases, (column,) = self._seen.in_order()
+        return dict(zip(cases, column.astype(np.float64).tolist(), strict=True))
+
+    def compute(self) -> Measurement:
+        """The mean, with its cluster bootstrap by prompt."""
+        return self._mean(self._seen)
 
 
 class Gathered:

@@ -60,7 +60,8 @@ def test_differences_are_those_of_the_pairs(runs: tuple[Run, Run]) -> None:
     for d in found.differences:
         if d.of == "b":
             theirs = a.answers(d.metric, "base" if d.against == "base" else None)
-            x, y = (np.array(answers, float) for answers in (theirs, b.answers(d.metric)))
+            both = (theirs, b.answers(d.metric))
+            x, y = (np.array(list(answers.values()), float) for answers in both)
             won, lost = int(((y - x) > 0).sum()), int(((x - y) > 0).sum())
             p = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
             assert d.paired is not None
@@ -119,9 +120,10 @@ def test_trainings_are_the_trials_of_a_method_with_several(runs: tuple[Run, Run]
     found = compare([Method("a", (a,)), method])
     for d in found.differences:
         if (d.of, d.against) == ("ours", "a"):
-            ours = np.mean([run.answers(d.metric) for run in seeds], axis=0)
+            ours = np.mean([list(run.answers(d.metric).values()) for run in seeds], axis=0)
+            theirs = np.array(list(a.answers(d.metric).values()), float)
             assert d.paired is not None
-            assert d.paired.difference == pytest.approx(np.mean(ours - a.answers(d.metric)))
+            assert d.paired.difference == pytest.approx(np.mean(ours - theirs))
             assert d.test == "permutation of prompts"
     assert any("several trainings" in note for note in found.notes)
     with pytest.raises(UserError, match="same model"):

@@ -1,9 +1,11 @@
 """How measurements are shown beside each other: the front, the thesis's tables, signs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from expunge.eval import front, thesis_form
 from expunge.eval.display import difference, probability
@@ -56,6 +58,36 @@ def test_what_has_no_value_is_no_point_and_numbers_count_in_their_direction() ->
     assert front.full_front({k: measured[k] for k in "ab"}) == (["a"], ["s", "k", "fid"])
     assert front.full_front(measured) == (["c"], ["k", "fid"])
     assert front.full_front({"a": {}}) == ([], [])
+
+
+def test_quality_and_diversity_have_fronts_of_their_own(tmp_path: Path) -> None:
+    def metrics(seen: float, kid: float | None, vendi: float) -> dict[str, Any]:
+        return {"seen": share(seen, False), "kept": share(0.8, True),
+                "kid": share(kid, False, unit="number"),
+                "vendi": share(vendi, True, unit="number"),
+                "lpips": share(0.2, False, unit="number")}  # fmt: skip
+
+    measured = {
+        "base": metrics(1.0, None, 9.0),
+        "plain": metrics(0.1, 0.3, 8.0),
+        "collapsed": metrics(0.1, 0.3, 2.0),
+        "far": metrics(0.3, 0.5, 8.5),
+    }
+    protocols = {name: {"metric": name} for name in ("kid", "vendi", "lpips")}
+    found = front.points(measured, "base")
+    quality, diversity = front.planes(measured, found, protocols)
+    assert (quality.metric, quality.kind) == ("kid", "quality")
+    assert quality.front == ["plain", "collapsed"]
+    assert "base" not in quality.values
+    assert (diversity.metric, diversity.kind) == ("vendi", "diversity")
+    assert diversity.front == ["base", "plain", "far"]
+    assert front.planes({"plain": measured["plain"]}, found, protocols) == []
+    sizes = []
+    for planes in ([], [quality, diversity]):
+        front.draw(found, front.plane_front(found), "title", tmp_path / "front.png", planes)
+        with Image.open(tmp_path / "front.png") as picture:
+            sizes.append(picture.width)
+    assert sizes[1] == pytest.approx(3 * sizes[0], abs=2)
 
 
 def test_the_thesiss_two_tables() -> None:

@@ -11,7 +11,7 @@ import yaml
 from expunge.cli import main
 from expunge.eval import page as pages
 from expunge.eval.card import model_index
-from expunge.eval.page import _chosen, evaluation_page, flagged, scale, unknowns, verdict
+from expunge.eval.page import _chosen, costs, evaluation_page, flagged, scale, unknowns, verdict
 from expunge.eval.runs import Run, answers_of, read_run
 from expunge.eval.store import ImageStore
 from expunge.eval.thumbnails import data_uri
@@ -50,6 +50,24 @@ def test_the_page_is_what_its_files_say(run: Run, evaluations: Path) -> None:
     assert "Smoke run" in written
     assert "The erased concept" in written
     assert run.report["generators"]["erased"]["components"]["unet"] in written
+
+
+def test_the_page_tells_what_the_run_took(run: Run, evaluations: Path, tmp_path: Path) -> None:
+    """And neither report.json nor report.md does, which are the same after every rerun."""
+    cost = json.loads((evaluations / "a" / "cost.json").read_text())
+    rows = {row["what"]: row["cells"] for row in costs(cost, ["base", "erased"])}
+    assert rows["pictures made"] == {"base": "10", "erased": "10"}
+    each = cost["seconds"]["base"]["generate"] / 10
+    assert rows["seconds a picture"]["base"] == f"{each:.4g}"
+    assert {"seconds of making", "seconds of detector"} < set(rows)
+    page = (evaluations / "a" / "report.html").read_text()
+    assert all(f'<th scope="row">{what}</th>' in page for what in rows)
+    assert "seconds a picture" not in (evaluations / "a" / "report.md").read_text()
+    assert costs({}, ["base", "erased"]) == []
+    found = {"base": {"generate": 0.0}}
+    assert costs({"generated": {"base": 0}, "seconds": found}, ["base"])[2]["cells"]["base"] == "–"
+    moved = Run(tmp_path, run.report, run.rows, run.images)
+    assert 'id="cost"' not in evaluation_page(moved)
 
 
 def test_what_a_prompt_holds_is_text(run: Run) -> None:

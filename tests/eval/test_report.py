@@ -65,6 +65,10 @@ def test_markdown_tells_values_intervals_and_directions(evaluation: Evaluation) 
     )
     assert "Smoke" not in text
     assert "unknown" not in text
+    assert "of rates Wilson's" in text
+    assert "jackknife" not in text
+    looked = replace(evaluation.outcome, protocols={"fid": {"metric": "fid"}})
+    assert "jackknife" in markdown(replace(evaluation, outcome=looked))
 
 
 def test_failures_of_the_detector_are_told(

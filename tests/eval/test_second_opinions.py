@@ -47,6 +47,9 @@ class Brightness:
         if batch.base is not None:
             self.base += batch.base.mean((1, 2, 3)).tolist()
 
+    def each(self) -> None:
+        return None
+
     def compute(self) -> Measurement:
         value = sum(self.seen) / len(self.seen)
         return Measurement(value, value, value, len(self.seen), True, unit="number")
@@ -90,7 +93,7 @@ def test_a_second_judge_counts_beside_the_first(
     # It is shown the pictures that its questions are about, and no others.
     targets = [i for i, case in enumerate(plan.cases) if case.group == "target"]
     assert [i for i, s in enumerate(found.judged["blind"]) if s.seen is not None] == targets
-    assert found.answers("target_seen@blind") == [(i, False) for i in targets]
+    assert found.answers("target_seen@blind") == dict.fromkeys(targets, False)
 
 
 def test_a_second_judge_that_fails_is_unknown(

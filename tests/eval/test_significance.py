@@ -15,6 +15,7 @@ from expunge.eval.significance import (
     cluster_bootstrap,
     clustered_wilson,
     compare_answers,
+    compare_numbers,
     compare_shares,
     holm,
     mcnemar,
@@ -212,3 +213,49 @@ def test_training_seeds_are_draws_of_their_own() -> None:
 def test_nothing_has_no_interval(bad) -> None:
     with pytest.raises(ValueError, match="clusters"):
         cluster_bootstrap(*bad)
+
+
+def test_a_permutation_of_pairs_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(5)
+    a = rng.normal(size=14)
+    b = a + rng.normal(0.8, 0.8, size=14)
+    found = compare_numbers(a.tolist(), b.tolist(), range(14))
+    reference = stats.permutation_test(
+        (b, a),
+        lambda x, y, axis: (x - y).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=2**14,
+    )
+    assert found is not None
+    assert 0.005 < reference.pvalue < 0.5
+    assert found.p == pytest.approx(reference.pvalue, abs=0.004)
+    assert compare_numbers(a.tolist(), b.tolist(), range(14)) == found
+
+
+def test_many_pairs_agree_with_normal_theory() -> None:
+    rng = np.random.default_rng(6)
+    a = rng.normal(27, 3, 400)
+    b = a + rng.normal(0.1, 1.0, 400)
+    found = compare_numbers(a.tolist(), b.tolist(), range(400))
+    assert found is not None
+    d = b - a
+    half = 1.96 * d.std() / 20
+    assert (found.difference, found.n) == (pytest.approx(d.mean()), 400)
+    assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.01)
+    assert found.p == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=0.015)
+
+
+def test_pairs_of_one_prompt_are_drawn_and_flipped_together() -> None:
+    """Pairs that all differ by the luck of their prompt: single ones would be nearly certain."""
+    luck = np.repeat(np.random.default_rng(7).normal(0.3, 1.0, 6), 20)
+    a = [0.0] * 120
+    whole = compare_numbers(a, luck.tolist(), np.repeat(range(6), 20).tolist())
+    single = compare_numbers(a, luck.tolist(), range(120))
+    assert whole is not None
+    assert single is not None
+    assert whole.p >= 1 / 2**5
+    assert whole.high - whole.low > 3 * (single.high - single.low)
+    # Of one prompt there is nothing but pictures to draw; of one picture, nothing.
+    assert compare_numbers(a, luck.tolist(), ["same"] * 120) == single
+    assert compare_numbers([1.0, None], [2.0, 3.0], "ab") is None
