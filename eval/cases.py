@@ -72,7 +72,8 @@ class Case:
         prompt: The text given to the model.
         seed: The seed of the picture's own noise.
         group: The prompt group, for reports and contact sheets.
-        about: What the picture is about (a target, an object, a style), for breakdowns.
+        about: What the picture is about (a target, an object, a style, categories), for
+            breakdowns; it counts in the row of each.
         questions: What is asked.
         sampling: What is sampled otherwise than the suite says.
     """
@@ -80,7 +81,7 @@ class Case:
     prompt: str
     seed: int
     group: str
-    about: str
+    about: tuple[str, ...]
     questions: tuple[Question, ...]
     sampling: Sampling = AS_SUITE
 

@@ -64,7 +64,8 @@ class FilePrompts:
     )
     width: Column | None = field(default=None, metadata={"help": "column of the width"})
     about: Column | None = field(
-        default=None, metadata={"help": "column by which results are broken down"}
+        default=None,
+        metadata={"help": "column by which results are broken down; of several labels, by each"},
     )
     where: dict[str, Where] = field(
         default_factory=dict, metadata={"help": "column -> which rows are taken"}
@@ -200,14 +201,14 @@ class FilePrompts:
                 None if self.height is None else size_of(cell(self.height)),
                 None if self.width is None else size_of(cell(self.width)),
             )
-            about = self.group if self.about is None else ", ".join(labels_of(cell(self.about)))
+            about = [self.group] if self.about is None else labels_of(cell(self.about)) or ["-"]
             labels = {metric: tuple(labels) for metric, labels in self.asks.items()}
             for metric, label in self.answers.items():
                 labels[metric] = (fill(label, row, self.path.name),)
             questions = tuple(Question(metric, found) for metric, found in labels.items())
             for text in self._texts(row):
                 for i in range(self.repeat):
-                    yield Case(text, seed + i, self.group, about or "-", questions, sampling)
+                    yield Case(text, seed + i, self.group, tuple(about), questions, sampling)
 
 
 @contextmanager

@@ -196,8 +196,7 @@ def markdown(evaluation: Evaluation) -> str:
     unknown = told(evaluation.outcomes())
     if unknown:
         lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
-    if len({c.about for c in evaluation.plan.cases if c.group == "target"}) > 1:
-        lines += ["", "## Each target", "", *_breakdown(evaluation)]
+    lines += _breakdown(evaluation)
     if evaluation.changed:
         lines += ["", "## Pictures that differ from the base's by a bit or more", ""]
         lines += [_row(["group", "differ", "n"]), _row(["---"] * 3)]
@@ -244,11 +243,15 @@ def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
 
 
 def _breakdown(evaluation: Evaluation) -> list[str]:
-    outcomes = evaluation.outcomes()
-    lines = []
-    for name in {
-        q.metric: 0 for c in evaluation.plan.cases if c.group == "target" for q in c.questions
-    }:
+    """Of the suite's first group, which is what should be gone, every metric in parts."""
+    outcomes, first = evaluation.outcomes(), next(iter(evaluation.suite.groups))
+    cases = [c for c in evaluation.plan.cases if c.group == first and c.questions]
+    if len({about for c in cases for about in c.about}) < 2:
+        return []
+    lines = ["", "## Each target", ""]
+    if any(len(c.about) > 1 for c in cases):
+        lines += ["A picture that is about several counts in the row of each.", ""]
+    for name in {q.metric: 0 for c in cases for q in c.questions}:
         header = [f"`{name}`", *outcomes, "n"]
         lines += [_row(header), _row(["---"] * len(header))]
         for about, measured in evaluation.outcome.breakdown[name].items():
@@ -292,7 +295,7 @@ def _case(case: Case) -> dict[str, Any]:
         "prompt": case.prompt,
         "seed": case.seed,
         "group": case.group,
-        "about": case.about,
+        "about": ", ".join(case.about),
         **case.sampling.given(),
         "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in case.questions],
     }

@@ -120,7 +120,7 @@ def test_a_rows_own_label_and_breakdown(tmp_path: Path) -> None:
     source = prompts(file, asks={}, answers={"kept": "object/{what}"}, about="how")
     cases = source.plan(["bomb"]).cases
     assert [case.questions[0].labels for case in cases] == [("object/cat face",), ("object/bomb",)]
-    assert [case.about for case in cases] == ["ink", "flat"]
+    assert [case.about for case in cases] == [("ink",), ("flat",)]
     with pytest.raises(UserError, match=r"row 1: got unknown column of list.csv 'wat'"):
         prompts(file, answers={"kept": "object/{wat}"}).plan([])
 
