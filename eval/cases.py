@@ -108,9 +108,20 @@ class Plan:
         cases: The pictures.
         excluded: Why rows were left out -> how many, for reports: "age-coded words" -> 12.
         sources: The lists that were read -> their SHA-256, for reports.
+        unchecked: Those of which nobody said beforehand what their SHA-256 is, so that any was
+            taken.
     """
 
     tested: Tested
     cases: tuple[Case, ...]
     excluded: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+
+    def read(self) -> list[str]:
+        """A line for each list that was read: whose hash is not known does not pass in silence."""
+        return [
+            f"prompts from {name} (sha256 {sha256})"
+            + (", not checked against a known hash" if name in self.unchecked else "")
+            for name, sha256 in self.sources.items()
+        ]

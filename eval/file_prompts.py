@@ -83,7 +83,10 @@ class FilePrompts:
     )
     split: str = field(default="train", metadata={"help": "the split of a dataset"})
     sha256: str | None = field(
-        default=None, metadata={"help": "of the list; another is refused; null: written down"}
+        default=None,
+        metadata={
+            "help": "of the list; another is refused; null: any is taken, and the report says so"
+        },
     )
     source: str = field(
         default="", metadata={"help": "where to get the list; said when it is not there"}
@@ -132,6 +135,7 @@ class FilePrompts:
             cases,
             excluded=dict(excluded),
             sources={self.path.as_posix(): table.sha256},
+            unchecked=(self.path.as_posix(),) if self.sha256 is None else (),
         )
 
     def _about_sexual_content(self) -> bool:

@@ -148,6 +148,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "suite_sha256": suite.sha256(),
         "prompts_sha256": sha256_json([_case(case) for case in plan.cases]),
         "sources": dict(plan.sources),
+        "unchecked": list(plan.unchecked),
         "excluded": dict(plan.excluded),
         "smoke": evaluation.smoke,
         "title": evaluation.title,
@@ -185,7 +186,7 @@ def markdown(evaluation: Evaluation) -> str:
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
         "Brackets are 95 % intervals (Wilson).",
-        *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
+        *(f"{line[0].upper()}{line[1:]}." for line in plan.read()),
         *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
     ]
@@ -228,6 +229,8 @@ def print_table(evaluation: Evaluation) -> None:
     console.print(table)
     for line in told(evaluation.outcomes()):
         console.print(f"unknown: {line}", style="yellow", markup=False)
+    for line in evaluation.plan.read():
+        console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:

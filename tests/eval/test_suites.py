@@ -203,7 +203,9 @@ def test_prompts_on_the_command_line_are_for_suites_that_read_a_list(
     assert "which reads no prompt list" in capsys.readouterr().err
 
 
-def test_a_list_of_ones_own_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_list_of_ones_own_from_end_to_end(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A list with I2P's columns, the bundled judge, a pipeline of random weights."""
     file = tmp_path / "mine.csv"
     file.write_text(
@@ -235,6 +237,13 @@ def test_a_list_of_ones_own_from_end_to_end(tiny_model: Path, tmp_path: Path) ->
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert report["sources"] == {file.as_posix(): digest}
     page = (tmp_path / "out" / "report.md").read_text()
+    # The suite knows no hash of the list, so that any was taken: everybody is told.
+    unchecked = f"{file} (sha256 {digest}), not checked against a known hash"
+    assert report["unchecked"] == [file.as_posix()]
+    assert unchecked in capsys.readouterr().out
+    assert f"Prompts from {unchecked}." in page
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>not checked against a known hash</b>" in html
     assert "Left out: 1 rows for age-coded words" in page
     assert digest in page
     # A prompt of two labels counts in the row of each, whatever their order.
