@@ -74,7 +74,8 @@ class Case:
         prompt: The text given to the model.
         seed: The seed of the picture's own noise.
         group: The prompt group, for reports and contact sheets.
-        about: What the picture is about (a target, an object, a style), for breakdowns.
+        about: What the picture is about (a target, an object, a style, categories), for
+            breakdowns; it counts in the row of each.
         questions: What is asked.
         sampling: What is sampled otherwise than the suite says.
     """
@@ -82,7 +83,7 @@ class Case:
     prompt: str
     seed: int
     group: str
-    about: str
+    about: tuple[str, ...]
     questions: tuple[Question, ...]
     sampling: Sampling = AS_SUITE
 
@@ -109,9 +110,20 @@ class Plan:
         cases: The pictures.
         excluded: Why rows were left out -> how many, for reports: "age-coded words" -> 12.
         sources: The lists that were read -> their SHA-256, for reports.
+        unchecked: Those of which nobody said beforehand what their SHA-256 is, so that any was
+            taken.
     """
 
     tested: Tested
     cases: tuple[Case, ...]
     excluded: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+
+    def read(self) -> list[str]:
+        """A line for each list that was read: whose hash is not known does not pass in silence."""
+        return [
+            f"prompts from {name} (sha256 {sha256})"
+            + (", not checked against a known hash" if name in self.unchecked else "")
+            for name, sha256 in self.sources.items()
+        ]

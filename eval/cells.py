@@ -52,9 +52,9 @@ class Where:
 
 
 def labels_of(cell: Any) -> list[str]:
-    """The labels of a cell: "violence, illegal activity" -> two; a list is one already."""
+    """The labels of a cell, each once: "violence, illegal activity" -> two; a list is one."""
     parts = cell if isinstance(cell, (list, tuple)) else str(cell or "").split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
+    return list(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
 
 
 def pick(row: dict[str, Any], column: str | list[str], where: str) -> Any:

@@ -230,7 +230,7 @@ class CaseBuilder:
     def case(self, prompt: str, group: str, about: str, k: int, *asked: Question) -> Case:
         """The k-th case about something in a group, with the seed that follows from that."""
         seed = stable_hash(self.seed, group, about, k) % 2**31
-        return Case(prompt, seed, group, about, asked)
+        return Case(prompt, seed, group, (about,), asked)
 
     def caption(
         self, phrase: str, unit: str, k: int, styles: Sequence[str], always: bool = False

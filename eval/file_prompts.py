@@ -64,7 +64,8 @@ class FilePrompts:
     )
     width: Column | None = field(default=None, metadata={"help": "column of the width"})
     about: Column | None = field(
-        default=None, metadata={"help": "column by which results are broken down"}
+        default=None,
+        metadata={"help": "column by which results are broken down; of several labels, by each"},
     )
     where: dict[str, Where] = field(
         default_factory=dict, metadata={"help": "column -> which rows are taken"}
@@ -82,7 +83,10 @@ class FilePrompts:
     )
     split: str = field(default="train", metadata={"help": "the split of a dataset"})
     sha256: str | None = field(
-        default=None, metadata={"help": "of the list; another is refused; null: written down"}
+        default=None,
+        metadata={
+            "help": "of the list; another is refused; null: any is taken, and the report says so"
+        },
     )
     source: str = field(
         default="", metadata={"help": "where to get the list; said when it is not there"}
@@ -131,6 +135,7 @@ class FilePrompts:
             cases,
             excluded=dict(excluded),
             sources={self.path.as_posix(): table.sha256},
+            unchecked=(self.path.as_posix(),) if self.sha256 is None else (),
         )
 
     def _about_sexual_content(self) -> bool:
@@ -200,14 +205,14 @@ class FilePrompts:
                 None if self.height is None else size_of(cell(self.height)),
                 None if self.width is None else size_of(cell(self.width)),
             )
-            about = self.group if self.about is None else ", ".join(labels_of(cell(self.about)))
+            about = [self.group] if self.about is None else labels_of(cell(self.about)) or ["-"]
             labels = {metric: tuple(labels) for metric, labels in self.asks.items()}
             for metric, label in self.answers.items():
                 labels[metric] = (fill(label, row, self.path.name),)
             questions = tuple(Question(metric, found) for metric, found in labels.items())
             for text in self._texts(row):
                 for i in range(self.repeat):
-                    yield Case(text, seed + i, self.group, about or "-", questions, sampling)
+                    yield Case(text, seed + i, self.group, tuple(about), questions, sampling)
 
 
 @contextmanager

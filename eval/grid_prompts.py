@@ -112,7 +112,7 @@ class GridPrompts:
             row = dict(zip(self.values, combination, strict=True))
             gone = [axis for axis, values in erased.items() if row[axis] in values]
             asked = tuple(self._questions(row, gone, set(erased)))
-            about = ", ".join(row[axis] for axis in gone or erased)
+            about = tuple(row[axis] for axis in gone or erased)
             for template in self.templates:
                 prompt = fill(template, row, "this suite")
                 for seed in self.seeds:

@@ -270,11 +270,15 @@ def measure(
 def break_down(
     cases: Sequence[Case], scores: Sequence[Score], counters: Mapping[str, Counter]
 ) -> dict[str, dict[str, Measurement]]:
-    """Every counter for each target, object or style that its pictures are about."""
+    """Every counter for each target, object or style that its pictures are about.
+
+    A picture that is about several counts in each, so that rows may add up to more than all.
+    """
     parts: dict[str, dict[str, list[tuple[bool | None, str]]]] = {name: {} for name in counters}
     for case, score in zip(cases, scores, strict=True):
         for name, answer in score.answers.items():
-            parts[name].setdefault(case.about, []).append((answer, case.prompt))
+            for about in case.about:
+                parts[name].setdefault(about, []).append((answer, case.prompt))
     return {
         name: {
             about: counters[name].compute([a for a, _ in rows], [prompt for _, prompt in rows])

@@ -148,6 +148,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "suite_sha256": suite.sha256(),
         "prompts_sha256": sha256_json([_case(case) for case in plan.cases]),
         "sources": dict(plan.sources),
+        "unchecked": list(plan.unchecked),
         "excluded": dict(plan.excluded),
         "smoke": evaluation.smoke,
         "title": evaluation.title,
@@ -185,7 +186,7 @@ def markdown(evaluation: Evaluation) -> str:
         f"`{evaluation.detector.get('detector', 'a detector')}` "
         f"(`{str(evaluation.detector.get('weights', ''))[:12]}`). "
         f"Brackets are 95 % intervals: {_intervals(evaluation)}.",
-        *(f"Prompts from `{name}` (sha256 `{sha256}`)." for name, sha256 in plan.sources.items()),
+        *(f"{line[0].upper()}{line[1:]}." for line in plan.read()),
         *(f"**Left out: {n} rows for {why}.**" for why, n in plan.excluded.items()),
         "",
     ]
@@ -196,8 +197,7 @@ def markdown(evaluation: Evaluation) -> str:
     unknown = told(evaluation.outcomes())
     if unknown:
         lines += ["", *(f"- **unknown**: {line}" for line in unknown)]
-    if len({c.about for c in evaluation.plan.cases if c.group == "target"}) > 1:
-        lines += ["", "## Each target", "", *_breakdown(evaluation)]
+    lines += _breakdown(evaluation)
     if evaluation.changed:
         lines += ["", "## Pictures that differ from the base's by a bit or more", ""]
         lines += [_row(["group", "differ", "n"]), _row(["---"] * 3)]
@@ -239,6 +239,8 @@ def print_table(evaluation: Evaluation) -> None:
     console.print(table)
     for line in told(evaluation.outcomes()):
         console.print(f"unknown: {line}", style="yellow", markup=False)
+    for line in evaluation.plan.read():
+        console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
@@ -254,11 +256,15 @@ def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
 
 
 def _breakdown(evaluation: Evaluation) -> list[str]:
-    outcomes = evaluation.outcomes()
-    lines = []
-    for name in {
-        q.metric: 0 for c in evaluation.plan.cases if c.group == "target" for q in c.questions
-    }:
+    """Of the suite's first group, which is what should be gone, every metric in parts."""
+    outcomes, first = evaluation.outcomes(), next(iter(evaluation.suite.groups))
+    cases = [c for c in evaluation.plan.cases if c.group == first and c.questions]
+    if len({about for c in cases for about in c.about}) < 2:
+        return []
+    lines = ["", "## Each target", ""]
+    if any(len(c.about) > 1 for c in cases):
+        lines += ["A picture that is about several counts in the row of each.", ""]
+    for name in {q.metric: 0 for c in cases for q in c.questions}:
         header = [f"`{name}`", *outcomes, "n"]
         lines += [_row(header), _row(["---"] * len(header))]
         for about, measured in evaluation.outcome.breakdown[name].items():
@@ -314,7 +320,7 @@ def _case(case: Case) -> dict[str, Any]:
         "prompt": case.prompt,
         "seed": case.seed,
         "group": case.group,
-        "about": case.about,
+        "about": ", ".join(case.about),
         **case.sampling.given(),
         "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in case.questions],
     }

@@ -18,7 +18,7 @@ def cases_of(n: int, prompts: int | None = None, group: str = "kept") -> list[Ca
     """n cases of so many prompts, one each by default."""
     count = prompts or n
     asked = (Question("kept", ("object/bomb",)),)
-    return [Case(f"prompt {i % count:04}", i // count, group, "all", asked) for i in range(n)]
+    return [Case(f"prompt {i % count:04}", i // count, group, ("all",), asked) for i in range(n)]
 
 
 def measured(

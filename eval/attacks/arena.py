@@ -206,7 +206,7 @@ class Arena:
         for k in range(ROUNDS):
             said = [texts[j % len(texts)] for j in range(n)]
             seeds = [int(self.generator("own", k, j).initial_seed()) % 2**31 for j in range(n)]
-            cases = [Case(p, s, "own", "", (asked,)) for p, s in zip(said, seeds, strict=True)]
+            cases = [Case(p, s, "own", (), (asked,)) for p, s in zip(said, seeds, strict=True)]
             trials = [Trial(j, case.prompt) for j, case in enumerate(cases)]
             for case, shot in zip(cases, self._draw("base", trials, cases), strict=True):
                 if shot.seen and len(prompts) < n:

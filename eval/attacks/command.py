@@ -89,7 +89,8 @@ def run(config: AttackConfig) -> dict[str, Any]:
         arena, attack, done, asked.settings, generators,
         {
             "suite": suite.name, "version": suite.version, "smoke": config.limit is not None,
-            "excluded": dict(asked.plan.excluded),
+            "excluded": dict(asked.plan.excluded), "sources": dict(asked.plan.sources),
+            "unchecked": list(asked.plan.unchecked),
         },
     )  # fmt: skip
     print_table(report)

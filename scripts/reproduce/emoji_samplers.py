@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from measure import cost, row
-from tables import Cells, chosen, fill, folder_of, markdown, shown
+from tables import BESIDE, Cells, beside, chosen, figure, fill, folder_of, markdown
 
 import expunge.sampling.calibrate
 from expunge.cli import run
 from expunge.configuration import parse
+from expunge.eval.display import MISSING, both
 from expunge.eval.emoji_vocabulary import Vocabulary
 
 CALIBRATION = "calibration.json"  # in the output folder
@@ -104,16 +105,14 @@ def table(rows: Cells) -> str:
     first = next(iter(rows.values()))
     better = {name: m["higher_is_better"] for name, m in first["metrics"].items()}
     harm, kept = ([name for name in better if better[name] is high] for high in (False, True))
-    header = ["sampler", *harm, *kept, "benign changed", "KID × 10³", "CLIP score", "cost"]
-    plain = [*(shown(first["base"][name]) for name in harm), *["100 %"] * len(kept)]
-    lines = [["plain", *plain, "–", "–", "–", "1 ×"]]
+    header = ["sampler", *harm, *kept, *BESIDE, "cost"]
+    base = [*(both(first["base"][name]) for name in harm), *["100 %"] * len(kept)]
+    lines = [["plain", *base, *[MISSING] * len(BESIDE), "1 ×"]]
     for name, x in rows.items():
-        changed = x["benign_changed"]
         lines.append([
-            name, *(shown(x["metrics"][metric]) for metric in harm),
-            *(f"{100 * x['relative'][metric]:.0f} %" for metric in kept),
-            "–" if changed is None else f"{100 * changed:.1f} %",
-            f"{1000 * x['kid']:.2f}", f"{x['clip_score']:.3f}", f"{x['cost']:.2f} ×",
+            name, *(both(x["metrics"][metric]) for metric in harm),
+            *(f"{figure(x['relative'][metric], 0, 100)} %" for metric in kept),
+            *beside(x), f"{x['cost']:.2f} ×",
         ])  # fmt: skip
     return markdown(header, lines)
 

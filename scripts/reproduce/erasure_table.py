@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 from measure import row
-from tables import Cells, chosen, fill, folder_of, markdown
+from tables import Cells, chosen, figure, fill, folder_of, markdown
 from training import ROOT, trained
 
 from expunge.backbones import load_pipeline, recommended_guidance
@@ -242,10 +242,10 @@ def _rate(runs: list[dict[str, Any]], metric: str, kept: bool) -> str:
 
 
 def _cost(runs: list[dict[str, Any]]) -> list[str]:
-    kid, passes, seconds = (
-        statistics.mean(x[name] for x in runs) for name in ("kid", "forwards", "seconds")
-    )
-    return [f"{1000 * kid:.1f}", f"{passes:,.0f}", f"{seconds:.0f}"]
+    known = [x["kid"] for x in runs if x["kid"] is not None]
+    kid = statistics.mean(known) if known else None
+    passes, seconds = (statistics.mean(x[name] for x in runs) for name in ("forwards", "seconds"))
+    return [figure(kid, 1, 1000), f"{passes:,.0f}", f"{seconds:.0f}"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import row
-from tables import Cells, chosen, fill, folder_of, markdown, percent
+from tables import Cells, chosen, figure, fill, folder_of, markdown, percent
 from training import ROOT, trained
 
 from expunge.cli import run
@@ -80,7 +80,7 @@ def table(cells: Cells) -> str:
     rows = []
     for name, found in cells.items():
         shown = [percent(found["metrics"][column]) for column in COLUMNS]
-        rows.append([name, *shown, f"{1000 * found['kid']:.0f}", f"{found['forwards']:,}"])
+        rows.append([name, *shown, figure(found["kid"], 0, 1000), f"{found['forwards']:,}"])
     return markdown(["target", *COLUMNS, "KID × 10³", "UNet passes"], rows)
 
 

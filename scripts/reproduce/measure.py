@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge.backbones import BUNDLED, bundled, load_pipeline, recommended_guidance
-from expunge.clip import load_clip
+from expunge.clip import Clip, load_clip
 from expunge.concepts import Concept
 from expunge.configuration import parse
 from expunge.errors import UserError
@@ -23,11 +23,12 @@ from expunge.eval.command import EvalConfig, run
 from expunge.eval.detectors.emoji_judge import load_judge
 from expunge.eval.metrics.discrepancy import mmd2, polynomial
 from expunge.eval.production import to_tensor
-from expunge.eval.store import ImageStore
+from expunge.eval.store import ImageStore, Pixels
 from expunge.generation import generate
 from expunge.sampling.samplers import SAMPLERS
 
 Features = Callable[[Tensor], Tensor]
+AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,62 @@ def features_of(model: str, clip: str) -> Features:
     return load_clip(clip).encode_images
 
 
+def batches(store: ImageStore, keys: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+    """Places and pictures (B, 3, H, W), those of one size together; without what cannot be read."""
+    waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
+    for place, key in enumerate(keys):
+        if (pixels := store.read(key)) is not None:
+            same = waiting.setdefault(pixels.shape, [])
+            same.append((place, pixels))
+            if len(same) == AT_ONCE:
+                yield _batch(waiting.pop(pixels.shape))
+    yield from map(_batch, waiting.values())
+
+
+def _batch(same: Sequence[tuple[int, Pixels]]) -> tuple[list[int], Tensor]:
+    return [place for place, _ in same], to_tensor([pixels for _, pixels in same])
+
+
+def distance(
+    ours: Sequence[str], base: Sequence[str], prompts: Sequence[str], store: ImageStore,
+    features: Features, eye: Clip,
+) -> dict[str, Any]:  # fmt: skip
+    """KID to the base's pictures of the same places, and CLIP score.
+
+    Args:
+        ours: Keys of the pictures.
+        base: Keys of the base's.
+        prompts: What they show.
+        store: Where both are.
+        features: On which the KID is.
+        eye: Whose cosine is the CLIP score.
+
+    Returns:
+        Both over the places of which both pictures can be read, and how many are ``unknown``; None
+        where too few are left.
+    """
+    seen: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+    cosine: dict[int, float] = {}
+    with torch.no_grad():
+        for rows, keys in zip(seen, (ours, base), strict=True):
+            for places, images in batches(store, keys):
+                rows.update(zip(places, features(images).double().numpy(), strict=True))
+                if keys is ours:
+                    texts = eye.encode_texts([prompts[i] for i in places])
+                    found = eye.encode_images(images).mul(texts).sum(1)
+                    cosine.update(zip(places, found.tolist(), strict=True))
+    known = sorted(seen[0].keys() & seen[1].keys())
+    kid = None
+    if len(known) > 1:
+        one, other = (np.stack([rows[i] for i in known]) for rows in seen)
+        kid = mmd2(one, other, polynomial, np.zeros(len(known), int), paired=True)
+    return {
+        "kid": kid and kid[0],
+        "clip_score": statistics.fmean(cosine[i] for i in known) if known else None,
+        "unknown": len(ours) - len(known),
+    }
+
+
 def row(
     settings: dict[str, Any],
     folder: Path,
@@ -56,6 +113,7 @@ def row(
     concept: list[str],
     suite: str,
     model: str = "emoji",
+    prompts: Path | None = None,
     limit: int | None = None,
     clip: str = "emoji",
     lora: Sequence[str] = (),
@@ -69,6 +127,7 @@ def row(
         concept: What is guarded against.
         suite: Name or file.
         model: Whom it guards.
+        prompts: Another list than the suite's.
         limit: Pictures a group.
         clip: Whose cosine is the CLIP score. It is no verdict on rows that it steers.
         lora: Folders of LoRA weights.
@@ -79,34 +138,23 @@ def row(
     report = run(
         EvalConfig(
             output_dir=folder, suite=suite, model=model, sampler=sampler_of(settings),
-            concept=concept, limit=limit, store=store, lora=list(lora),
+            concept=concept, limit=limit, store=store, lora=list(lora), prompts=prompts,
         )
     )  # fmt: skip
     cases = json.loads((folder / "scores.json").read_text())["rows"]
     if len(cases) < 2:
         raise UserError("got one picture; allowed: two or more, for a distance; raise --limit")
-    pictures = ImageStore(store)
-    ours, base = (
-        to_tensor([pictures.read(case[name]["picture"]) for case in cases])
-        for name in ("erased", "base")
-    )
+    ours, base = ([case[name]["picture"] for case in cases] for name in ("erased", "base"))
+    said = [case["prompt"] for case in cases]
     features, eye = features_of(model, clip), load_clip(clip)
-    with torch.no_grad():
-        seen = [
-            torch.cat([features(part) for part in x.split(64)]).double().numpy()
-            for x in (ours, base)
-        ]
-        texts = eye.encode_texts([case["prompt"] for case in cases])
-        score = torch.cat([eye.encode_images(part) for part in ours.split(64)]).mul(texts).sum(1)
-    found = mmd2(*seen, polynomial, np.zeros(len(cases), int), paired=True)
-    assert found is not None  # two pictures or more
+    found = distance(ours, base, said, ImageStore(store), features, eye)
     metrics = report["metrics"]
     harmful = {
         case["group"]
         for case in cases
         if any(not metrics[name]["higher_is_better"] for name in case["erased"]["answers"])
     }
-    counts = [m for group, m in report["changed"].items() if group not in harmful]
+    counts = [m for group, m in report["changed"].items() if group not in harmful and m["n"]]
     n = sum(m["n"] for m in counts)
     return {
         "metrics": metrics,
@@ -114,8 +162,7 @@ def row(
         "base": report["base"],
         "benign_changed": sum(round(m["value"] * m["n"]) for m in counts) / n if n else None,
         "benign_n": n,
-        "kid": found[0],
-        "clip_score": float(score.mean()),
+        **found,
         "n": len(cases),
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import UserError
+from expunge.eval.display import MISSING, plain
 from expunge.results import provenance, write_json_atomic, write_text_atomic
 
 Cells = dict[str, dict[str, Any]]
@@ -80,9 +81,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
 
 
-def shown(m: dict[str, Any]) -> str:
-    """A rate with its interval, in per cent."""
-    return f"{100 * m['value']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+def figure(value: float | None, digits: int, times: float = 1) -> str:
+    """A number in so many digits after the point, or that there is none."""
+    return MISSING if value is None else f"{times * value:.{digits}f}"
+
+
+BESIDE = ["benign changed", "KID × 10³", "CLIP score"]
+
+
+def beside(row: dict[str, Any]) -> list[str]:
+    """The columns `BESIDE` of a row of `measure.row`."""
+    changed, unknown = row["benign_changed"], row["unknown"]
+    kid = figure(row["kid"], 2, 1000) + (f" ({unknown} unknown)" if unknown else "")
+    return [plain(changed), kid, figure(row["clip_score"], 3)]
 
 
 def percent(m: dict[str, Any]) -> str:

@@ -75,8 +75,9 @@ def test_the_name_is_never_spelled_and_the_question_is_the_object(
             assert vocabulary.phrases[kept] in case.prompt
             assert kept not in names
         else:
-            assert case.questions[0].labels == (f"object/{case.about}",)
-            assert case.about in names
+            (about,) = case.about
+            assert case.questions[0].labels == (f"object/{about}",)
+            assert about in names
     assert set(plan.tested.labels) == {f"object/{name}" for name in names}
 
 

@@ -120,7 +120,7 @@ def test_a_rows_own_label_and_breakdown(tmp_path: Path) -> None:
     source = prompts(file, asks={}, answers={"kept": "object/{what}"}, about="how")
     cases = source.plan(["bomb"]).cases
     assert [case.questions[0].labels for case in cases] == [("object/cat face",), ("object/bomb",)]
-    assert [case.about for case in cases] == ["ink", "flat"]
+    assert [case.about for case in cases] == [("ink",), ("flat",)]
     with pytest.raises(UserError, match=r"row 1: got unknown column of list.csv 'wat'"):
         prompts(file, answers={"kept": "object/{wat}"}).plan([])
 
@@ -191,7 +191,10 @@ def test_the_age_gate_has_no_switch(tmp_path: Path, options: dict) -> None:
 def test_the_hash_of_a_list(tmp_path: Path) -> None:
     file = written(tmp_path, "a key", name="list.txt")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert prompts(file, sha256=digest.upper()).plan([]).sources == {file.as_posix(): digest}
+    known, unknown = (prompts(file, sha256=sha256).plan([]) for sha256 in (digest.upper(), None))
+    assert known.sources == unknown.sources == {file.as_posix(): digest}
+    assert known.read() == [f"prompts from {file} (sha256 {digest})"]
+    assert unknown.read() == [f"{known.read()[0]}, not checked against a known hash"]
     with pytest.raises(UserError, match=rf"got .* sha256 {digest}; allowed: abc.*here: the shop"):
         prompts(file, sha256="abc", source="the shop").plan([])
 

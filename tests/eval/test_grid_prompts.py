@@ -44,7 +44,7 @@ def test_a_style_is_erased_from_every_object() -> None:
     assert asked(kept) == {
         "kept_in_domain": ("style/flat",), "kept_cross_domain": ("object/bomb",),
     }  # fmt: skip
-    assert (target.about, kept.about) == ("ink", "flat")
+    assert (target.about, kept.about) == (("ink",), ("flat",))
     assert {case.seed for case in plan.cases} == {188, 2**63}
 
 
@@ -62,6 +62,7 @@ def test_an_object_is_erased_in_every_style() -> None:
 def test_both_axes_at_once() -> None:
     plan = grid().plan(["ink", "bomb"])
     both = one(plan, "a bomb in ink style")
+    assert set(both.about) == {"bomb", "ink"}
     assert set(asked(both)["target_seen"]) == {"object/bomb", "style/ink"}
     assert both.questions[0].need == "any"
     assert asked(one(plan, "a pizza in ink style")) == {

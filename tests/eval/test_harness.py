@@ -37,7 +37,7 @@ def test_rates_are_those_that_the_model_was_made_with(
         "target_seen": 1.0, "kept_in_domain": 1.0, "kept_cross_domain": 1.0,
         "kept_style": 1.0, "pair_kept": 1.0, "pair_target_seen": 1.0,
     }  # fmt: skip
-    daggers = [c for c in plan.cases if c.group == "in_domain" and c.about == "dagger"]
+    daggers = [c for c in plan.cases if c.group == "in_domain" and c.about == ("dagger",)]
     assert daggers
     assert erased.metrics["target_seen"].value == 0.0
     assert erased.metrics["pair_target_seen"].value == 0.0
@@ -116,7 +116,7 @@ def test_the_same_picture_is_made_once_for_two_questions(
     painter: Any, reader: Any, store: ImageStore
 ) -> None:
     cases = [
-        Case("a bomb", 1, "target", "bomb", (Question(name, ("object/bomb",)),)) for name in "ab"
+        Case("a bomb", 1, "target", ("bomb",), (Question(name, ("object/bomb",)),)) for name in "ab"
     ]
     model = painter()
     keys, made = produce(model, cases, store)
@@ -226,7 +226,7 @@ class Odd:
 def test_an_answer_that_makes_no_sense_is_unknown(
     suite: Suite, painter: Any, store: ImageStore, answer: list[Observation]
 ) -> None:
-    case = Case("a bomb", 1, "target", "bomb", (Question("target_seen", ("object/bomb",)),))
+    case = Case("a bomb", 1, "target", ("bomb",), (Question("target_seen", ("object/bomb",)),))
     found = evaluate(painter(), [case], suite.counters(), Panel(Odd(answer), 0.5, {}), store)
     assert found is not None
     assert found.metrics["target_seen"].unknown == 1
@@ -237,10 +237,10 @@ def test_an_answer_that_makes_no_sense_is_unknown(
 def test_questions_that_nobody_can_answer_are_refused(
     suite: Suite, painter: Any, reader: Any, store: ImageStore
 ) -> None:
-    case = Case("x", 1, "target", "x", (Question("target_seen", ("object/x",)),))
+    case = Case("x", 1, "target", ("x",), (Question("target_seen", ("object/x",)),))
     with pytest.raises(ValueError, match="asks for object/x"):
         evaluate(painter(), [case], suite.counters(), Panel(reader, 0.5, {}), store)
-    case = Case("x", 1, "target", "x", (Question("nothing", ("object/bomb",)),))
+    case = Case("x", 1, "target", ("x",), (Question("nothing", ("object/bomb",)),))
     with pytest.raises(ValueError, match="no metric nothing"):
         evaluate(painter(), [case], suite.counters(), Panel(reader, 0.5, {}), store)
 

@@ -145,7 +145,7 @@ def test_i2p_is_read_whole(i2p_file: Path, tmp_path: Path) -> None:
     assert cases["a storm at sea"].sampling.given() == {
         "guidance_scale": 12.0, "width": 640, "height": 512,
     }  # fmt: skip
-    assert cases["a storm at sea"].about == "shocking, violence"
+    assert cases["a storm at sea"].about == ("shocking", "violence")
 
 
 def test_the_copies_of_i2p_in_other_repositories_have_other_columns(
@@ -177,7 +177,7 @@ def test_the_nouns_of_hub_are_put_into_a_sentence(tmp_path: Path) -> None:
     plan = with_prompts(with_emoji_judge("hub_neighbours", tmp_path), file).prompts.plan(["x"])
     assert {case.prompt for case in plan.cases} == {"a photo of monet", "a photo of horse"}
     assert len(plan.cases) == 20
-    assert {case.about for case in plan.cases} == {"monet", "horse"}
+    assert {case.about for case in plan.cases} == {("monet",), ("horse",)}
 
 
 def test_unlearncanvas_has_the_pictures_of_its_protocol(tmp_path: Path) -> None:
@@ -203,7 +203,9 @@ def test_prompts_on_the_command_line_are_for_suites_that_read_a_list(
     assert "which reads no prompt list" in capsys.readouterr().err
 
 
-def test_a_list_of_ones_own_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_list_of_ones_own_from_end_to_end(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A list with I2P's columns, the bundled judge, a pipeline of random weights."""
     file = tmp_path / "mine.csv"
     file.write_text(
@@ -235,9 +237,22 @@ def test_a_list_of_ones_own_from_end_to_end(tiny_model: Path, tmp_path: Path) ->
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert report["sources"] == {file.as_posix(): digest}
     page = (tmp_path / "out" / "report.md").read_text()
+    # The suite knows no hash of the list, so that any was taken: everybody is told.
+    unchecked = f"{file} (sha256 {digest}), not checked against a known hash"
+    assert report["unchecked"] == [file.as_posix()]
+    assert unchecked in capsys.readouterr().out
+    assert f"Prompts from {unchecked}." in page
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>not checked against a known hash</b>" in html
     assert "Left out: 1 rows for age-coded words" in page
     assert digest in page
-    assert set(report["breakdown"]["model"]["target_seen"]) == {"weapon", "animal, weapon"}
+    # A prompt of two labels counts in the row of each, whatever their order.
+    table = report["breakdown"]["model"]["target_seen"]
+    assert {about: m["n"] for about, m in table.items()} == {"weapon": 2, "animal": 1}
+    assert "| animal |" in page
+    assert "counts in the row of each" in page
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [row["about"] for row in scores["rows"]] == ["weapon", "animal, weapon"]
 
 
 def test_a_suite_with_a_picture_size_of_a_row_is_replaced_by_the_list(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_the_report_counts_rows_and_tries(
     assert attack(listed, lora, tmp_path / "out", **options) == 0
     found = json.loads((tmp_path / "out" / "attack.json").read_text())
     assert found["excluded"] == {REASON: 1}
+    assert list(found["sources"]) == found["unchecked"] != []
     assert found["refused"] == {REASON: 1}
     (row,) = found["rows"]
     (told,) = (trial for trial in row["trials"] if trial["error"] == REASON)

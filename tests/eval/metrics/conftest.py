@@ -25,7 +25,7 @@ def emoji() -> tuple[list[Case], Tensor]:
     prompts, seeds = [x[0] for x in asked], [x[1] for x in asked]
     images = generate(pipeline, prompts, seeds, steps=4, guidance_scale=4.0, batch_size=24)
     cases = [
-        Case(text, seed, "kept", name, (Question("kept", (f"object/{name}",)),))
+        Case(text, seed, "kept", (name,), (Question("kept", (f"object/{name}",)),))
         for text, seed, name in asked
     ]
     return cases, images.clamp(-1, 1)

@@ -52,7 +52,7 @@ def shown(*objects: str) -> Tensor:
 
 def asked(prompt: str, *labels: str, need: Any = "any", seed: int = 0) -> Case:
     questions = (Question("kept", labels, need),) if labels else ()
-    return Case(prompt, seed, "kept", "all", questions)
+    return Case(prompt, seed, "kept", ("all",), questions)
 
 
 CASES = [

@@ -119,7 +119,7 @@ def reference(both: Any, images: torch.Tensor, texts: list[str]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[list[Case], torch.Tensor]:
-    cases = [Case(PROMPTS[i % 3], i // 3, "kept", "all", ()) for i in range(9)]
+    cases = [Case(PROMPTS[i % 3], i // 3, "kept", ("all",), ()) for i in range(9)]
     return cases, torch.rand(9, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
