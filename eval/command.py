@@ -145,6 +145,8 @@ def _run(
             label=name,
             team=team,
         )
+    # Each has read its share: a damaged picture is known to the one that made it again.
+    store.notes = [note for notes in team.gather(store.notes) for note in notes]
     if not team.leads:
         return {}
     evaluation = Evaluation(
@@ -165,6 +167,10 @@ def _run(
     write_json_atomic(
         config.output_dir / "cost.json",
         {
+            "pictures": {
+                name: len({score.picture for score in outcome.scores})
+                for name, outcome in outcomes.items()
+            },
             "generated": {name: outcome.generated for name, outcome in outcomes.items()},
             "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
             "processes": team.size,
