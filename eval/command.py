@@ -122,8 +122,11 @@ def _run(
     generators = {label: _generator(config, suite, plan, erased=True)}
     protocol = panel.detector.protocol()
     metrics = [tally.protocol() for _, tally in panel.metrics.values()]
-    for judge in (protocol, *panel.protocols().values(), *metrics):
-        refuse_own_judge(judge, generators[label].identity()["sampler"])
+    unsure = refuse_own_judge(
+        [protocol, *panel.protocols().values(), *metrics],
+        generators[label].identity()["sampler"],
+        config.trainings(),
+    )
     if team.leads:
         fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     team.wait()
@@ -149,6 +152,7 @@ def _run(
     store.notes = [note for notes in team.gather(store.notes) for note in notes]
     if not team.leads:
         return {}
+    store.notes = unsure + store.notes
     evaluation = Evaluation(
         suite=suite,
         plan=plan,

@@ -197,6 +197,8 @@ def _finish(
         "seed": config.seed,
         "steps": progress.step,
     }
+    if progress.clips:
+        about["clips"] = progress.clips
     if progress.svd_error is not None:
         about["svd_error"] = progress.svd_error
     file = adapters.save(pipeline, folder, about)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from expunge.configuration import dump, load
+from expunge.densities.base import clips_of
 from expunge.eval.detectors import DETECTORS, Detector, OpenDetector, finite, label_set, protocol_id
-from expunge.eval.independence import clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
