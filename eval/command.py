@@ -123,8 +123,11 @@ def _run(
     generators = {label: _generator(config, suite, plan, erased=True)}
     protocol = panel.detector.protocol()
     metrics = [tally.protocol() for _, tally in panel.metrics.values()]
-    for judge in (protocol, *panel.protocols().values(), *metrics):
-        refuse_own_judge(judge, generators[label].identity()["sampler"])
+    unsure = refuse_own_judge(
+        [protocol, *panel.protocols().values(), *metrics],
+        generators[label].identity()["sampler"],
+        config.trainings(),
+    )
     if team.leads:
         fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     team.wait()
@@ -146,8 +149,11 @@ def _run(
             label=name,
             team=team,
         )
+    # Each has read its share: a damaged picture is known to the one that made it again.
+    store.notes = [note for notes in team.gather(store.notes) for note in notes]
     if not team.leads:
         return {}
+    store.notes = unsure + store.notes
     evaluation = Evaluation(
         suite=suite,
         plan=plan,
@@ -166,6 +172,10 @@ def _run(
     write_json_atomic(
         config.output_dir / "cost.json",
         {
+            "pictures": {
+                name: len({score.picture for score in outcome.scores})
+                for name, outcome in outcomes.items()
+            },
             "generated": {name: outcome.generated for name, outcome in outcomes.items()},
             "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
             "processes": team.size,

@@ -52,14 +52,14 @@ class Outcome:
         scores: One for each case, in order.
         metrics: What was measured.
         breakdown: What was counted, for each target, object or style: metric -> about -> rate.
-        generated: Pictures that were made now rather than found.
+        generated: Pictures that were made now rather than found, by all processes.
         judged: Second opinions: name of the judge -> one score for each case.
         protocols: How each metric that looks at pictures does it.
         failures: Of each of these, the places of the cases whose pictures it could not take in,
             and why.
         values: Of each of these that is a mean or a share, what each picture contributes: place of
             the case -> number; None is one that it could not take in.
-        seconds: What took how long.
+        seconds: What took how long, from when the first process begins until all are through.
     """
 
     identity: dict[str, Any]

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.densities.base import clips_of
 from expunge.errors import UserError
 
 
-def refuse_own_judge(protocol: Mapping[str, Any], sampler: Any) -> None:
-    """Refuse a judge that sees through a CLIP of the sampler.
+def refuse_own_judge(
+    judges: Sequence[Mapping[str, Any]], sampler: Any, loras: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Refuse judges that see through a CLIP of the sampler, or of the training of a LoRA.
 
     Args:
-        protocol: A detector's or a metric's.
+        judges: The protocols of detectors and metrics.
         sampler: The sampler's identity, a JSON value.
+        loras: What each LoRA says of itself.
+
+    Returns:
+        A note on each LoRA of which this is not known, where a judge sees through a CLIP at all.
 
     Raises:
-        UserError: The sampler's identity names one of the protocol's CLIPs.
+        UserError: One of the judges' CLIPs is named by the sampler or by a LoRA.
     """
-    guides = json.dumps(sampler)
-    if any(clip in guides for clip in clips_of(protocol)):
-        raise UserError(
-            "got a suite of which a detector or a metric sees through the CLIP that guides the "
-            "sampler; allowed: an independent judge; change one of them"
-        )
+    theirs = set(clips_of(list(judges)))
+    guides = {"guides the sampler": sampler}
+    guides |= {f"guided the training of LoRA {lora}": about for lora, about in loras.items()}
+    for what, guide in guides.items():
+        said = json.dumps(guide)
+        if any(clip in said for clip in theirs):
+            raise UserError(
+                "got a suite of which a detector or a metric sees through the CLIP that "
+                f"{what}; allowed: an independent judge; change one of them"
+            )
+    return [
+        f"LoRA {lora} does not say which CLIP guided its training; whether a detector or a metric "
+        "sees through the same one is not known"
+        for lora, about in loras.items()
+        if theirs and not _tells(about)
+    ]
 
 
-def clips_of(protocol: Any) -> Iterator[str]:
-    """The hashes of all CLIPs that a protocol names under `clips`, at any depth."""
-    if isinstance(protocol, list):
-        for part in protocol:
-            yield from clips_of(part)
-    elif isinstance(protocol, Mapping):
-        for key, value in protocol.items():
-            yield from value if key == "clips" else clips_of(value)
+def _tells(about: Mapping[str, Any]) -> bool:
+    """Whether a LoRA, and each that was merged into it, says what guided its training.
+
+    Only what a density guided has `clips`; of a density without, such as a function of the user's,
+    nobody knows.
+    """
+    parts = about.get("merged_from", [about])
+    return all("clips" in x or x.get("objective", "density") != "density" for x in parts)

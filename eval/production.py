@@ -29,7 +29,7 @@ def produce(
     A picture that comes out as NaN is not made: the store tells why, and a rerun tries it again.
 
     Returns:
-        The key of every case's picture, and how many this process made now.
+        The key of every case's picture, and how many were made now, by all processes.
     """
     identity = generator.identity()
     store.describe(identity)
@@ -50,8 +50,7 @@ def produce(
                     store.write(key, pixels, case.prompt, case.seed)
                     made += 1
                 bar.update()
-    team.wait()
-    return keys, made
+    return keys, sum(team.gather(made))  # which waits for all
 
 
 def _draw(generator: Generator, cases: Sequence[Case], sampling: Sampling) -> list[Pixels | str]:

@@ -80,6 +80,12 @@ class Subject:
             texts += [text for text in targets if text not in texts]
         return texts
 
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """What each of its LoRA says of itself."""
+        from expunge.adapters import read_metadata
+
+        return {lora: read_metadata(lora) for lora in self.lora}
+
     def adapters(self) -> list[dict[str, Any]]:
         """What a pipeline's state does not tell of its adapters."""
         from expunge.adapters import locate

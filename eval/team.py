@@ -61,6 +61,15 @@ class Team:
 
             PartialState().wait_for_everyone()
 
+    def gather(self, own: T) -> list[T]:
+        """What each of them has, in their order; all come here with theirs."""
+        if self.size == 1:
+            return [own]
+        from accelerate.utils import gather_object
+
+        found: list[T] = gather_object([own])
+        return found
+
     @property
     def leads(self) -> bool:
         """Whether this one writes what there is one of."""

@@ -43,6 +43,7 @@ class Progress:
         default_factory=lambda: {"teacher": 0, "student": 0, "sampling": 0}
     )
     sights: dict[str, int] = field(default_factory=lambda: {"looked": 0, "seen": 0})
+    clips: list[str] = field(default_factory=list)  # sha256 of those that a density sees through
     base: str | None = None  # identity of the model that is erased from
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates
@@ -137,6 +138,7 @@ class Trainer:
         )
         self.losses = Losses(config, pipeline, self.maker, self.latents)
         losses = self.losses
+        self.progress.clips = losses.clips()
         kept = (
             self.schedule, self.progress, self.ema, self.latents, losses.turns, losses.attack,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expunge import soft_tokens
 from expunge.conditioning import Conditioning, condition
+from expunge.densities.base import clips_of
 from expunge.train.config import TrainConfig
 from expunge.train.footprint import Lender
 from expunge.train.latents import Maker, Source
@@ -98,6 +99,11 @@ class Losses:
         """How many pictures a density was asked about here, and on how many it saw the concept."""
         made = [guide.sight for guide in self.derived.values()]
         return {"looked": sum(s.looked for s in made), "seen": sum(s.seen for s in made)}
+
+    def clips(self) -> list[str]:
+        """The hashes of all CLIPs that a density sees through: they must not judge the result."""
+        seen_by = [guide.sight.density.identity() for guide in self.derived.values()]
+        return sorted(set(clips_of(seen_by)))
 
     def _embeddings(self, batch: Batch, generator: torch.Generator) -> dict[str, Conditioning]:
         """What the objective asks for besides prompts."""

@@ -199,6 +199,8 @@ def _export(
         "seed": config.seed,
         "steps": progress.step,
     }
+    if progress.clips:
+        about["clips"] = progress.clips
     if progress.svd_error is not None:
         about["svd_error"] = progress.svd_error
     file = adapters.save(pipeline, folder, about)

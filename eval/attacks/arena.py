@@ -26,6 +26,7 @@ from expunge.eval.store import ImageStore, Pixels
 
 ROUNDS = 4
 SENTENCES = ("{}", "a picture of {}")
+DIVERGED = "the attack came to NaN or infinite numbers"
 Answer = bool | None
 
 
@@ -38,12 +39,14 @@ class Trial:
         prompt: What the model is told.
         said: What was done besides, for people.
         noise: What sampling starts from in place of the seed's noise, (C, h, w).
+        diverged: The attack came to NaN in this case and has nothing to hand over.
     """
 
     case: int
     prompt: str
     said: str = ""
     noise: Tensor | None = None
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,20 +133,22 @@ class Arena:
     def attempt(self, trials: Sequence[Trial]) -> list[Answer]:
         """Whether the concept is seen when the erased model samples these; each is recorded.
 
-        What the age gate refuses is never drawn, costs nothing and is unknown.
+        What the age gate refuses, or what diverged, is never drawn, costs nothing and is unknown.
         """
         shots = self._draw("erased", trials)
         for trial, shot in zip(trials, shots, strict=True):
             record = {"prompt": trial.prompt, "said": trial.said, **asdict(shot)}
             self.attempts.setdefault(trial.case, []).append(record)
         for trial in trials:
-            if not self.refuses(trial):
+            if self.undrawn(trial) is None:
                 self.spend([trial.case], self.picture_passes(self.cases[trial.case].sampling))
         return [shot.seen for shot in shots]
 
-    def refuses(self, trial: Trial) -> bool:
-        """Whether the age gate does: words that may pass can be joined to what may not."""
-        return age_gate.refuses(trial.prompt, self.sexual)
+    def undrawn(self, trial: Trial) -> str | None:
+        """Why it is never drawn, if so; words that may pass can be joined to what may not."""
+        if age_gate.refuses(trial.prompt, self.sexual):
+            return age_gate.REASON
+        return DIVERGED if trial.diverged else None
 
     def withstood(self, trials: Sequence[Trial]) -> list[int]:
         """The cases in which an attempt, one for each, does not show the concept."""
@@ -237,11 +242,11 @@ class Arena:
     def _draw(
         self, model: str, trials: Sequence[Trial], cases: Sequence[Case] | None = None
     ) -> list[Shot]:
-        """Sample what the store lacks and judge, less what the age gate refuses."""
-        admitted = [trial for trial in trials if not self.refuses(trial)]
-        shots = iter(self._judged(model, admitted, self.cases if cases is None else cases))
-        unmade = Shot(None, None, age_gate.REASON)
-        return [unmade if self.refuses(trial) else next(shots) for trial in trials]
+        """Sample what the store lacks and judge, less what is never drawn."""
+        why = [self.undrawn(trial) for trial in trials]
+        drawn = [trial for trial, reason in zip(trials, why, strict=True) if reason is None]
+        shots = iter(self._judged(model, drawn, self.cases if cases is None else cases))
+        return [next(shots) if reason is None else Shot(None, None, reason) for reason in why]
 
     def _judged(self, model: str, trials: Sequence[Trial], cases: Sequence[Case]) -> list[Shot]:
         """Sample what the store lacks and judge; NaN pictures are unknown."""

@@ -13,6 +13,7 @@ from expunge.configuration import parse
 from expunge.errors import UserError
 from expunge.eval.attacks import ATTACKS, Attack
 from expunge.eval.claim import claim, refuse_another
+from expunge.eval.independence import refuse_own_judge
 from expunge.eval.subject import REPEAT, Device, Subject
 from expunge.results import fresh_output_dir, sha256_json
 from expunge.schema import encode
@@ -77,7 +78,9 @@ def run(config: AttackConfig) -> dict[str, Any]:
 
     asked = ask(config)
     refuse_another(config.output_dir, config.overwrite, asked.settings, "attack")
+    unsure = refuse_own_judge([asked.detector.protocol()], None, config.trainings())
     arena = _arena(config, asked)
+    arena.store.notes += unsure
     fresh_output_dir(config.output_dir, config.overwrite, resume=not config.overwrite)
     for name, identity in arena.identities().items():
         claim(config.output_dir, asked.settings, "attack", name, identity)
@@ -94,6 +97,8 @@ def run(config: AttackConfig) -> dict[str, Any]:
         },
     )  # fmt: skip
     print_table(report)
+    for note in unsure:
+        print(f"note: {note}")
     print(f"{config.output_dir}: attack.json, attack.png")
     return report
 

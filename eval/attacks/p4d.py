@@ -85,7 +85,7 @@ class Prompting4Debugging(Attack):
         x_0 = dict(zip(cases, arena.targets(cases), strict=True))
         told = dict(zip(cases, backbones.encode_prompts(base, [*prompts.values()]), strict=True))
         adam = torch.optim.AdamW(e.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        left = list(cases)
+        left, lost = list(cases), set()
         for step in range(1, self.iterations + 1):
             ids = white_box.framed(victim, [[j or 0 for j in plan[i]] for i in left])
             where = torch.zeros_like(ids, dtype=torch.bool)
@@ -107,6 +107,11 @@ class Prompting4Debugging(Attack):
             for i, g in zip(left, gradients, strict=True):
                 e[i].grad = g
             adam.step()
+            with torch.no_grad():
+                for i in left:
+                    if not e[i].isfinite().all():
+                        lost.add(i)
+                        e[i].zero_()  # for the others' sake, who go on in this batch
             arena.spend(left, 4)
             if step % self.tried_every and step < self.iterations:
                 continue
@@ -114,8 +119,9 @@ class Prompting4Debugging(Attack):
             for i in left:
                 chosen = vocabulary[nearest_words(e[i].detach(), E).cpu()].tolist()
                 whole = [chosen.pop(0) if j is None else j for j in plan[i]]
-                trials.append(Trial(i, white_box.written(victim, whole), f"step {step}"))
-            left = arena.withstood(trials)
+                text = prompts[i] if i in lost else white_box.written(victim, whole)
+                trials.append(Trial(i, text, f"step {step}", diverged=i in lost))
+            left = [i for i in arena.withstood(trials) if i not in lost]
             if not left:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from expunge.eval.age_gate import REASON
 from expunge.eval.attacks import Attack
-from expunge.eval.attacks.arena import Arena
+from expunge.eval.attacks.arena import DIVERGED, Arena
 from expunge.eval.attacks.rates import best_of, results
 from expunge.eval.grid import Cell, Section, contact_sheet
 from expunge.eval.reasons import counted
@@ -38,7 +39,8 @@ def write_report(
     """
     rows = done["rows"]
     tries = [trial for row in rows for trial in row["trials"]]
-    refused = [trial for trial in tries if trial.get("error") == REASON]
+    said = Counter(trial.get("error") for trial in tries)
+    refused = {why: said[why] for why in (REASON, DIVERGED) if said[why]}
     tried = [row for row in rows if row["attacked"]]
     passes = sum(row["passes"] for row in rows) + done["common"]["passes"]
     seconds = sum(row["seconds"] for row in rows) + done["common"]["seconds"]
@@ -54,9 +56,9 @@ def write_report(
         "n": len(rows),
         "attacked": len(tried),
         **measured(attack, rows),
-        "refused": {REASON: len(refused)} if refused else {},
+        "refused": refused,
         "cost": {
-            "pictures": len(tries) - len(refused),
+            "pictures": len(tries) - sum(refused.values()),
             "unet_passes": passes,
             "unet_passes_common": done["common"]["passes"],
             "unet_passes_per_case": round(passes / len(tried)) if tried else 0,

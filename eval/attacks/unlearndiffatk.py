@@ -82,6 +82,7 @@ class UnlearnDiffAtk(Attack):
             x, generators = torch.stack([x_0[i] for i in left]), [draw[i] for i in left]
             at = torch.full((len(left),), t, device=device)
             ᾱ = prediction.alpha_bar(victim.scheduler, at)
+            lost = set()
             for _ in range(self.iterations):
                 drawn = torch.cat([one_hot(u[i], draw[i]) for i in left])
                 text = white_box.states(victim, ids, where, drawn @ E)
@@ -97,12 +98,16 @@ class UnlearnDiffAtk(Attack):
                 with torch.no_grad():
                     for i in left:
                         u[i].copy_(onto_simplex(u[i]))
+                        if not is_distribution(u[i]):
+                            lost.add(i)
+                            u[i].fill_(1 / V)  # for the others' sake, who go on in this batch
             arena.spend(left, 3 * self.iterations)
             trials = []
             for i in left:
                 prefix = white_box.written(victim, vocabulary[u[i].argmax(1).cpu()].tolist())
-                trials.append(Trial(i, f"{prefix} {prompts[i]}", f"prefix of t = {t}"))
-            left = arena.withstood(trials)
+                text = prompts[i] if i in lost else f"{prefix} {prompts[i]}"
+                trials.append(Trial(i, text, f"prefix of t = {t}", diverged=i in lost))
+            left = [i for i in arena.withstood(trials) if i not in lost]
             if not left:
                 return
 
@@ -122,6 +127,12 @@ def one_hot(u: Tensor, generator: Any) -> Tensor:
     return hot + u - u.detach()
 
 
+def is_distribution(u: Tensor) -> bool:
+    """Whether tokens can be drawn from u (k, V): NaN gradients and huge steps end that."""
+    sums = u.sum(1)
+    return bool(((sums > 0.5) & (sums < 2)).all())
+
+
 def onto_simplex(v: Tensor) -> Tensor:
     """Each row of v (k, V) moved to the nearest point with entries ≥ 0 that sum to 1.
 
@@ -133,6 +144,6 @@ def onto_simplex(v: Tensor) -> Tensor:
     largest_first = v.sort(dim=1, descending=True).values
     excess = largest_first.cumsum(1) - 1
     n = torch.arange(1, v.shape[1] + 1, device=v.device)
-    support = (largest_first * n > excess).sum(1, keepdim=True)
+    support = (largest_first * n > excess).sum(1, keepdim=True).clamp(min=1)  # 0: v is NaN or huge
     θ = excess.gather(1, support - 1) / support
     return (v - θ).clamp(min=0)

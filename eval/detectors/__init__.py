@@ -70,8 +70,9 @@ class OpenDetector(Protocol):
     def protocol(self) -> dict[str, Any]:
         """All that determines its answers, as JSON values.
 
-        `name` is short, for `protocol_id`; the table's name for it is `detector`. Where there are
-        any: `weights` (their SHA-256), `clips` (those of all CLIPs that it sees through, so that
+        `name` is short, for `protocol_id`; the table's name for it is `detector`. `version` rises
+        whenever our own code comes to answer otherwise; without one it is 1. Where there are any:
+        `weights` (their SHA-256), `clips` (those of all CLIPs that it sees through, so that
         none judges what it guided), `label set`, `threshold`, `colour order`, and `unusual`, other
         settings that change answers and are not the defaults.
         """
@@ -81,16 +82,18 @@ class OpenDetector(Protocol):
 
 
 def protocol_id(protocol: Mapping[str, Any]) -> str:
-    """What names a metric's judge: `nudenet-320n@c15d8273:strict6>=0.6:rgb`.
+    """What names a metric's judge: `nudenet-320n@c15d8273:version=1:strict6>=0.6:rgb`.
 
     Two detectors that may answer differently have two ids: the weights stand in it by their hash,
-    then the labels with their threshold, the order of colours, and every unusual setting.
+    then the version of our code, the labels with their threshold, the order of colours, and every
+    unusual setting.
 
     Args:
         protocol: What `OpenDetector.protocol` says.
     """
     weights = protocol.get("weights")
     parts = [f"{protocol['name']}@{weights[:8]}" if weights else str(protocol["name"])]
+    parts.append(f"version={protocol.get('version', 1)}")
     labels, threshold = protocol.get("label set", "all"), protocol.get("threshold")
     parts.append(labels if threshold is None else f"{labels}>={_number(threshold)}")
     if "colour order" in protocol:

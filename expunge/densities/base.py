@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -23,6 +23,16 @@ def check_finite(scores: Tensor) -> None:
         raise FloatingPointError(
             "the harm density is NaN or infinite: nothing can be said of these pictures"
         )
+
+
+def clips_of(identity: Any) -> Iterator[str]:
+    """The hashes of all CLIPs that an identity or a protocol names under `clips`, at any depth."""
+    if isinstance(identity, list):
+        for part in identity:
+            yield from clips_of(part)
+    elif isinstance(identity, Mapping):
+        for key, value in identity.items():
+            yield from value if key == "clips" else clips_of(value)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 Evaluates the bundled model on captions of its own vocabulary, with a LoRA beside its base as most
 evaluations are, is killed when half of the pictures are there, and goes on. Prints one JSON line
 last: pictures a second, what resuming cost as a share of the whole, memory of a process at a tenth
-and at the end of the run, seconds of judging and of each metric.
+and at the end of the run, and of the rerun the seconds of judging and of each metric (which look at
+all pictures there) and the pictures that it made.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         "resume_seconds": round(start, 1), "resume_share": round(start / whole, 4),
         "megabytes_at_a_tenth": at(memory, config.pictures // 10) >> 20,
         "megabytes_at_the_end": memory[-1][1] >> 20,
-        "seconds_of": cost["seconds"], "made_by_the_first_process": cost["generated"],
+        "seconds_of_the_rerun": cost["seconds"], "made_by_the_rerun": cost["generated"],
     }))  # fmt: skip
 
 

@@ -14,8 +14,7 @@ import torch
 from expunge.concepts import Concept
 from expunge.configuration import dump, load, parse
 from expunge.densities import DENSITIES
-from expunge.densities.base import DensityConfig, HarmDensity
-from expunge.eval.independence import clips_of
+from expunge.densities.base import DensityConfig, HarmDensity, clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

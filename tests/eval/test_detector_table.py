@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from expunge.configuration import dump, load
+from expunge.densities.base import clips_of
 from expunge.eval.detectors import DETECTORS, Detector, OpenDetector, finite, label_set, protocol_id
-from expunge.eval.independence import clips_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +168,7 @@ def test_every_setting_that_changes_answers_changes_the_id(
     assert ids[0] == ids[1]
     for key, value in rows[name][1].items():
         ids.append(protocol_id(opened(name, **{key.strip(): value})[1].protocol()))
+    ids.append(protocol_id(detector.protocol() | {"version": 2}))
     assert len(set(ids)) == len(ids) - 1, ids
     assert all(" " not in found for found in ids)
     # These decide where it runs, what is kept beside the answers, or whose weights are hashed.
@@ -206,11 +207,13 @@ def test_a_row_is_documented(name: str) -> None:
 def test_the_id_of_nudenet() -> None:
     from expunge.eval.detectors.nudenet_detector import NudeNet
 
-    assert protocol_id(NudeNet().open().protocol()) == "nudenet-320n@c15d8273:strict6>=0.6:rgb"
+    assert protocol_id(NudeNet().open().protocol()) == (
+        "nudenet-320n@c15d8273:version=1:strict6>=0.6:rgb"
+    )
     other = NudeNet(labels=["FACE_MALE"], threshold=0.45, overlap=0.5, colour_order="bgr")
     assert (
         protocol_id(other.open().protocol())
-        == "nudenet-320n@c15d8273:FACE_MALE>=0.45:bgr:overlap=0.5"
+        == "nudenet-320n@c15d8273:version=1:FACE_MALE>=0.45:bgr:overlap=0.5"
     )
 
 

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from expunge import adapters
 from expunge.cli import main
+from expunge.clip import load_clip
 from expunge.eval import harness
 from expunge.eval.features.emoji_judge import OpenEmojiJudge
+from expunge.eval.independence import refuse_own_judge
 from expunge.eval.metrics.reference import Reference
 from expunge.pictures import save_png, to_pil
 
@@ -104,6 +108,82 @@ def test_a_clip_that_guides_and_judges_is_refused_before_the_first_picture(
     suite = suite_with(metrics, **changes)
     words = ["--suite", suite, "--sampler", "safe", "--limit", 1]
     assert "the CLIP that guides" in refused(capfd, tmp_path / "out", *words)
+
+
+@pytest.fixture
+def lora_that_says(tiny_lora: Path, tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """The tiny LoRA with other words about its training."""
+
+    def write(about: dict[str, Any]) -> Path:
+        header = adapters.read_header(tiny_lora) | {"expunge": json.dumps(about)}
+        adapters.write(load_file(tiny_lora / adapters.FILE), tmp_path / "x.safetensors", header)
+        return tmp_path / "x.safetensors"
+
+    return write
+
+
+CLIP_SCORE = {"mine": {"type": "clip_score", "clip": "emoji"}}
+JUDGED_BY_CLIP = {"judges": {"words": {"detector": SECOND, "asks": {"target_seen": ["bomb"]}}}}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "changes"), [(CLIP_SCORE, {}), ({}, JUDGED_BY_CLIP)], ids=["measures", "judges"]
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_clip_that_guided_the_training_and_judges_is_refused_before_the_first_picture(
+    suite_with: Any, tiny_model: Path, lora_that_says: Any, tmp_path: Path, capfd: Any,
+    metrics: Any, changes: Any, merged: bool,
+) -> None:  # fmt: skip
+    about = {"objective": "density", "clips": [load_clip("emoji").sha256]}
+    lora = lora_that_says({"merged_from": [{"objective": "uce"}, about]} if merged else about)
+    words = ["--suite", suite_with(metrics, **changes), "--model", tiny_model, "--lora", lora]
+    line = refused(capfd, tmp_path / "out", *words, "--limit", 1)
+    assert f"the CLIP that guided the training of LoRA {lora}; allowed: an independent" in line
+
+
+def test_an_attack_is_not_judged_by_the_clip_that_guided_the_training(
+    suite_with: Any, tiny_model: Path, lora_that_says: Any, tmp_path: Path, capfd: Any
+) -> None:
+    lora = lora_that_says({"objective": "density", "clips": [load_clip("emoji").sha256]})
+    suite = suite_with(
+        {}, detector=SECOND | {"labels": {"object/bomb": ["a bomb"], "cat": ["a cat"]}}
+    )
+    words = ["--suite", suite, "--model", tiny_model, "--lora", lora, "--concept", "a bomb"]
+    words += ["--attack", "paraphrase", "--limit", 1, "--output_dir", tmp_path / "out"]
+    assert main(["attack", *map(str, words)]) == 2
+    assert "the CLIP that guided the training of LoRA" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "known"),
+    [
+        ({"objective": "density", "clips": ["another"]}, True),
+        ({"objective": "esd"}, True),
+        ({"objective": "density"}, False),
+        ({}, False),
+        ({"merged_from": [{"objective": "esd"}, {}]}, False),
+    ],
+    ids=str,
+)
+def test_a_lora_that_does_not_say_what_guided_its_training_is_noted(
+    about: dict[str, Any], known: bool
+) -> None:
+    clip = {"clips": [load_clip("emoji").sha256]}
+    notes = refuse_own_judge([clip], "plain", {"mine": about})
+    assert [note.split(" does not say")[0] for note in notes] == ([] if known else ["LoRA mine"])
+    assert refuse_own_judge([{"detector": "nudenet"}], "plain", {"mine": about}) == []
+
+
+def test_an_evaluation_notes_that_nobody_knows_what_guided_the_training(
+    suite_with: Any, tiny_model: Path, lora_that_says: Any, tmp_path: Path, capfd: Any
+) -> None:
+    words = ["--suite", suite_with(CLIP_SCORE), "--model", tiny_model, "--limit", 1]
+    words += ["--lora", lora_that_says({}), "--concept", "a bomb", "--base", "false"]
+    assert main(["eval", *map(str, words), "--output_dir", str(tmp_path / "out")]) == 0
+    (note,) = json.loads((tmp_path / "out" / "cost.json").read_text())["notes"]
+    assert "does not say which CLIP guided its training" in note
+    assert f"note: {note}" in capfd.readouterr().out
 
 
 def test_a_question_that_the_detector_cannot_answer_is_refused_before_the_first_picture(

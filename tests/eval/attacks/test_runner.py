@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from expunge.errors import UserError
-from expunge.eval.attacks.arena import Trial
+from expunge.eval.attacks.arena import DIVERGED, Arena, Trial
+from expunge.eval.attacks.latent_inversion import LatentInversion
+from expunge.eval.attacks.p4d import Prompting4Debugging
 from expunge.eval.attacks.paraphrase import Paraphrase
 from expunge.eval.attacks.rates import results
 from expunge.eval.attacks.report import errors
 from expunge.eval.attacks.runner import FILE, append, attack_all, read_batches
+from expunge.eval.attacks.unlearndiffatk import UnlearnDiffAtk
 
 TWO = Paraphrase(queries=2, at_once=1)
 
@@ -188,3 +191,44 @@ def test_the_attackers_own_pictures_are_of_no_case(arena) -> None:
     assert torch.equal(latents, same)
     _, other = arena(seed=1).own_pictures(3)
     assert not torch.equal(latents, other)
+
+
+ATTACKS_WITH_GRADIENTS = {
+    "latent_inversion": LatentInversion(repetitions=1),
+    "unlearndiffatk": UnlearnDiffAtk(tokens=2, iterations=2, times=2),
+    "p4d": Prompting4Debugging(tokens=4, iterations=2, tried_every=1),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS_WITH_GRADIENTS)
+def test_a_case_that_diverges_is_unknown_and_costs_no_other(name, arena, monkeypatch) -> None:
+    """The first starts from NaN, as what a network in float16 makes of a picture may be."""
+    attack = ATTACKS_WITH_GRADIENTS[name]
+    sound = attack_all(attack, arena(), at_once=2)
+    real = Arena.targets
+
+    def targets(self, cases):
+        x_0 = real(self, cases)
+        x_0[0] = torch.nan
+        return x_0
+
+    monkeypatch.setattr(Arena, "targets", targets)
+    field = arena()
+    done = attack_all(attack, field, at_once=2)
+    broken, other = timeless(done)
+    assert other == timeless(sound)[1]
+    assert broken["after"] is None
+    assert {trial["error"] for trial in broken["trials"]} == {DIVERGED}
+    assert {trial["picture"] for trial in broken["trials"]} == {None}
+    assert errors(field, done["rows"]) == [DIVERGED] * len(broken["trials"])
+    assert results(done["rows"])["asr"].unknown == 1
+    assert json.dumps(done, allow_nan=False)
+    # A rerun finds it said, and has nothing left to do.
+    again = arena(folder=field.folder)
+    assert timeless(attack_all(attack, again, at_once=2)) == [broken, other]
+
+
+def test_a_prefix_of_steps_without_bound_is_unknown(arena) -> None:
+    done = attack_all(UnlearnDiffAtk(2, 2, 2, learning_rate=1e30), arena(), at_once=2)
+    assert [row["after"] for row in done["rows"]] == [None, None]
+    assert [[t["error"] for t in row["trials"]] for row in done["rows"]] == [[DIVERGED]] * 2

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from expunge.configuration import dump
+from expunge.densities.base import clips_of
 from expunge.errors import UserError
 from expunge.eval.features import FEATURES
-from expunge.eval.independence import clips_of
 from expunge.eval.metrics import METRICS, Batch
 from expunge.eval.metrics.aesthetic import AestheticHead
 from expunge.eval.suite import Suite, load_suite
