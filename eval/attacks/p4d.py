@@ -119,8 +119,8 @@ class Prompting4Debugging(Attack):
             for i in left:
                 chosen = vocabulary[nearest_words(e[i].detach(), E).cpu()].tolist()
                 whole = [chosen.pop(0) if j is None else j for j in plan[i]]
-                text = prompts[i] if i in lost else white_box.written(victim, whole)
-                trials.append(Trial(i, text, f"step {step}", diverged=i in lost))
+                shown = prompts[i] if i in lost else white_box.written(victim, whole)
+                trials.append(Trial(i, shown, f"step {step}", diverged=i in lost))
             left = [i for i in arena.withstood(trials) if i not in lost]
             if not left:
                 return

@@ -105,8 +105,8 @@ class UnlearnDiffAtk(Attack):
             trials = []
             for i in left:
                 prefix = white_box.written(victim, vocabulary[u[i].argmax(1).cpu()].tolist())
-                text = prompts[i] if i in lost else f"{prefix} {prompts[i]}"
-                trials.append(Trial(i, text, f"prefix of t = {t}", diverged=i in lost))
+                shown = prompts[i] if i in lost else f"{prefix} {prompts[i]}"
+                trials.append(Trial(i, shown, f"prefix of t = {t}", diverged=i in lost))
             left = [i for i in arena.withstood(trials) if i not in lost]
             if not left:
                 return
