@@ -83,6 +83,22 @@ def test_what_a_metric_lacks_is_one_line_before_the_first_picture(
     assert said in refused(capfd, tmp_path / "out", *words)
 
 
+@pytest.mark.parametrize(
+    ("detector", "said"),
+    [
+        ({"type": "nudenet", "weights": "none.onnx"}, "got weights none.onnx, which is no file"),
+        ({"type": "open_nsfw", "weights": "none.onnx"}, "got weights none.onnx, which is no file"),
+        ({"type": "q16", "prompts": "none.p", "clip": "emoji"}, "got prompts none.p, which does"),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_a_detector_without_its_weights_is_one_line_before_the_first_picture(
+    suite_with: Any, tiny_model: Path, tmp_path: Path, capfd: Any, detector: Any, said: str
+) -> None:
+    words = ["--suite", suite_with({}, detector=detector), "--model", tiny_model, "--limit", 1]
+    assert said in refused(capfd, tmp_path / "out", *words)
+
+
 def test_of_two_processes_one_says_it(suite_with: Any, tmp_path: Path, capfd: Any) -> None:
     suite = suite_with({"mine": {"type": "aesthetic", "head": "none.pth"}})
     line = refused(capfd, tmp_path / "out", "--suite", suite, "--processes", 2)

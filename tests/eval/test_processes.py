@@ -206,3 +206,45 @@ def test_a_process_that_is_lost_is_one_line(command: list[str], tmp_path: Path) 
     assert "SIGKILL" in said[0]
     assert "goes on where it was" in said[0]
     assert "Traceback" not in errors
+
+
+KILLED = """
+import os, signal, sys
+from expunge.cli import main
+from expunge.eval.score_store import ScoreStore
+
+put, left = ScoreStore.put, [int(sys.argv.pop(1))]
+
+def counted(*words):
+    put(*words)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ScoreStore.put = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def judged(folder: Path) -> list[str]:
+    files = (folder / "images" / "scores").glob("*/*.jsonl")
+    rows = [json.loads(line) for file in files for line in file.read_bytes().split(b"\n") if line]
+    return [row["picture"] for row in rows]
+
+
+def test_killed_while_it_judges_it_judges_no_picture_twice(
+    command: list[str], tmp_path: Path
+) -> None:
+    assert run(command, tmp_path / "whole").returncode == 0
+    folder = tmp_path / "killed"
+    # The fourth picture of the base, and the seventh of the other model.
+    n = len(judged(tmp_path / "whole")) // 2
+    for after, known in ((4, 4), (n - 4 + 7, n + 7)):
+        words = [after, *command[command.index("eval") :], "--output_dir", folder]
+        assert forked.Forked([sys.executable, "-c", KILLED, *words]).wait() == -signal.SIGKILL
+        assert len(judged(folder)) == known
+    made = pictures(folder)
+    assert run(command, folder).returncode == 0
+    assert pictures(folder) == made
+    assert len(set(judged(folder))) == len(judged(folder)) == 2 * n
+    assert stable(folder) == stable(tmp_path / "whole")
