@@ -1,6 +1,8 @@
 """What holds for every test: no network, a fixed number of threads, markers that say why."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before any test module can import a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
     # First what takes minutes: at the end one worker would be left alone with it.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that sets the number of threads sets it for itself."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if before:
+        torch.set_num_threads(before)
 
 
 def _tiny_tokenizer():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -141,7 +142,8 @@ def follow() -> None:
 
     Else it would go on unseen, and write into the same folder as whoever resumes the run.
     """
-    if OURS in os.environ:
+    # Without the pipe of `start` nobody watches.
+    if OURS in os.environ and stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_follow, daemon=True).start()
 
 

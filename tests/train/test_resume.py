@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
@@ -87,7 +88,9 @@ Trainer._optimise = once
 def test_killed_once_every_other_kind_goes_on_to_the_bit(tiny_sd1, tmp_path, kind) -> None:
     run = small_run(tiny_sd1, tmp_path / "killed", checkpoint_every=2, **KINDS[kind])
     (tmp_path / "run.yaml").write_text(dump(run))
-    child = launch(["--config", str(tmp_path / "run.yaml")], KILLED + SCRIPT)
+    # In as many threads as this process has been left with, which decide the last bits.
+    alike = f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
+    child = launch(["--config", str(tmp_path / "run.yaml")], alike + KILLED + SCRIPT)
     whole = dataclasses.replace(run, output_dir=str(tmp_path / "whole"))
     train(whole)
     assert child.wait() == -signal.SIGKILL, child.errors()
