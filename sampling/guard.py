@@ -31,7 +31,7 @@ class Guard:
 
     Args:
         density: p_h with its thresholds.
-        decode: Exact decoder, for gradients and finished pictures.
+        decode: Exact decoder, for gradients.
         look: Decoder for the gate; it may be a cheap one.
         how: How x̂0 is corrected.
         texts: Of `text` direction, one for each concept of the density.

@@ -1,6 +1,6 @@
 """A published pickle of tensors as safetensors: Q16's prompts.p, heads on CLIP.
 
-    python scripts/convert_pickle.py prompts.p q16.safetensors
+    python scripts/convert_pickle.py prompts.p q16_prompts.safetensors
 
 Nothing in the pickle is run. The shapes are printed; what wrote the file stays yours to trust.
 """
