@@ -188,7 +188,9 @@ def _thesis(found: Comparison) -> dict[str, str]:
     }
     several = {method.name for method in found.methods if len(method.runs) > 1}
     tables = thesis_form.tables(
-        measured, {name: rows for name, rows in breakdown.items() if name not in several}
+        measured,
+        {name: rows for name, rows in breakdown.items() if name not in several},
+        found.report.get("protocols", {}),
     )
     return {
         "thesis.md": thesis_form.markdown(tables, list(measured)),

@@ -130,16 +130,18 @@ def test_the_thesiss_two_tables() -> None:
         name: {"seen": {"violence": share(0.1 * i, False), "gore_": share(0.5, False)}}
         for i, name in enumerate(measured)
     }
-    safety, quality = thesis_form.tables(measured, breakdown)
-    assert safety[1] == ["violence (seen)", "gore_ (seen)", "seen", "fid"]
-    assert quality[1] == ["kept_a"]
+    safety, quality = thesis_form.tables(measured, breakdown, {"fid": {"metric": "fid"}})
+    assert safety[1] == ["violence (seen)", "gore_ (seen)", "seen"]
+    assert quality[1] == ["kept_a", "fid, lower is better"]
     text = thesis_form.markdown([safety, quality], list(measured))
     cells = ["ours", "10.0 % [0.0, 20.0]", "50.0 % [40.0, 60.0]", "20.0 % [10.0, 30.0]"]
-    assert f"| {' | '.join([*cells, '14 [13.9, 14.1]'])} |" in text
+    assert f"| {' | '.join(cells)} |" in text
+    assert "| ours | 80.0 % [70.0, 90.0] | 14 [13.9, 14.1] |" in text
     tex = thesis_form.latex([safety, quality], list(measured))
-    assert r"ours & \textbf{10.0 \%} & \textbf{50.0 \%} & \textbf{20.0 \%} & 14 \\" in tex
-    assert r"x \& y & 20.0 \% & \textbf{50.0 \%} & 30.0 \% & \textbf{12} \\" in tex
-    assert r"base & 0.0 \% & 50.0 \% & 90.0 \% & 10 \\" in tex
+    assert r"ours & \textbf{10.0 \%} & \textbf{50.0 \%} & \textbf{20.0 \%} \\" in tex
+    assert r"x \& y & 20.0 \% & \textbf{50.0 \%} & 30.0 \% \\" in tex
+    assert r"x \& y & \textbf{80.0 \%} & \textbf{12} \\" in tex
+    assert r"base & 100.0 \% & 10 \\" in tex
     assert r"gore\_ (seen)" in tex
 
 
