@@ -206,8 +206,8 @@ def evaluate(
         outcome.metrics.update({f"{metric}@{name}": m for metric, m in found.items()})
     for name, (metric, tally) in panel.metrics.items():
         places = [i for i, c in enumerate(cases) if not metric.groups or c.group in metric.groups]
-        found, failed, values = look(tally, places, cases, keys, store, base)
-        outcome.metrics[name] = found
+        measured, failed, values = look(tally, places, cases, keys, store, base)
+        outcome.metrics[name] = measured
         outcome.protocols[name] = tally.protocol()
         outcome.failures[name] = failed
         if values is not None:
