@@ -71,11 +71,12 @@ def run(config: CompareConfig) -> dict[str, Any]:
     _refuse_own_input(config, methods)
     folder = fresh_output_dir(config.output_dir, config.overwrite)
     measured = found.measured()
-    points = front.points(measured, "base" if found.base else None)
+    protocols = found.report.get("protocols", {})
+    points = front.points(measured, "base" if found.base else None, protocols)
     if points:
         title = f"Suite {found.report['suite']} {found.report['version']}"
         title += ", smoke run: not comparable" if found.report["smoke"] else ""
-        planes = front.planes(measured, points, found.report.get("protocols", {}))
+        planes = front.planes(measured, points, protocols)
         front.draw(points, front.plane_front(points), title, folder / "pareto.png", planes)
     files = {"compare.md": markdown(found), "compare.html": comparison_page(found)}
     if config.form == "thesis":
@@ -96,7 +97,8 @@ def to_dict(found: Comparison) -> dict[str, Any]:
     from expunge.eval.runs import SAME
 
     measured = found.measured()
-    points = front.points(measured, "base" if found.base else None)
+    protocols = found.report.get("protocols", {})
+    points = front.points(measured, "base" if found.base else None, protocols)
     best, counted = front.full_front(measured)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -120,7 +122,7 @@ def to_dict(found: Comparison) -> dict[str, Any]:
             "front": front.plane_front(points) if points else [],
             "planes": {
                 plane.metric: {"kind": plane.kind, "front": plane.front}
-                for plane in front.planes(measured, points, found.report.get("protocols", {}))
+                for plane in front.planes(measured, points, protocols)
             },
             "metrics": counted,
             "front_of_all_metrics": best,
@@ -163,11 +165,12 @@ def markdown(found: Comparison) -> str:
         p, n = (d.paired.p, d.paired.n) if d.paired else (None, 0)
         cells = [d.of, d.against, f"`{d.metric}`", size, probability(p), probability(d.p_holm)]
         lines.append(_row([*cells, str(n), str(d.unknown)]))
-    points = front.points(measured, "base" if found.base else None)
+    protocols = report.get("protocols", {})
+    points = front.points(measured, "base" if found.base else None, protocols)
     if points:
         lines += ["", "## Erased against kept", ""]
         lines.append(f"No other beats: {', '.join(front.plane_front(points))}.")
-        for plane in front.planes(measured, points, report.get("protocols", {})):
+        for plane in front.planes(measured, points, protocols):
             names = ", ".join(plane.front)
             lines.append(f"In erasure and {plane.kind} (`{plane.metric}`): {names}.")
         best, counted = front.full_front(measured)
@@ -185,7 +188,9 @@ def _thesis(found: Comparison) -> dict[str, str]:
     }
     several = {method.name for method in found.methods if len(method.runs) > 1}
     tables = thesis_form.tables(
-        measured, {name: rows for name, rows in breakdown.items() if name not in several}
+        measured,
+        {name: rows for name, rows in breakdown.items() if name not in several},
+        found.report.get("protocols", {}),
     )
     return {
         "thesis.md": thesis_form.markdown(tables, list(measured)),

@@ -9,7 +9,7 @@ from typing import Any
 
 from expunge.errors import UserError
 from expunge.eval.cases import Answer
-from expunge.eval.front import mean_interval
+from expunge.eval.front import left_out, mean_interval
 from expunge.eval.runs import BASE, Run
 from expunge.eval.significance import (
     Paired,
@@ -177,7 +177,10 @@ def compare(methods: Sequence[Method]) -> Comparison:
         found += _differences(methods, BASE, partial(base.answers, model=BASE))
     corrected = holm({str(k): d.paired.p for k, d in enumerate(found) if d.paired})
     differences = [replace(d, p_holm=corrected.get(str(k))) for k, d in enumerate(found)]
-    return Comparison(tuple(methods), base, tuple(differences), len(corrected), tuple(notes))
+    made = Comparison(tuple(methods), base, tuple(differences), len(corrected), tuple(notes))
+    looking = first.runs[0].report.get("protocols", {})
+    left = left_out(made.measured(), BASE if base else None, looking)
+    return replace(made, notes=(*notes, *left))
 
 
 def _differences(

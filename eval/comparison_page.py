@@ -29,7 +29,8 @@ def comparison_page(found: Comparison) -> str:
     groups, details, omitted = gallery(
         report, rows, {column: run.store() for column, (run, _) in runs.items()}
     )
-    points = front.points(measured, BASE if found.base else None)
+    protocols = found.report.get("protocols", {})
+    points = front.points(measured, BASE if found.base else None, protocols)
     line = front.plane_front(points) if points else []
     best, counted = front.full_front(measured)
     return render(
@@ -45,7 +46,7 @@ def comparison_page(found: Comparison) -> str:
         window=window(points),
         line=line,
         steps=steps([points[name] for name in line]),
-        planes=front.planes(measured, points, found.report.get("protocols", {})),
+        planes=front.planes(measured, points, protocols),
         best=best,
         counted=counted,
         groups=groups,

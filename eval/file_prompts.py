@@ -107,14 +107,14 @@ class FilePrompts:
             )
 
     def plan(self, concept: list[str], limit: int | None = None) -> Plan:
-        """The cases; with a limit, evenly spread over the file.
+        """The cases; with a limit, at most so many pictures, of rows evenly spread over the file.
 
         Raises:
             UserError: The list is missing, of another format or hash, empty, or lacks a column; a
                 cell is no seed, scale or size.
         """
         if limit is not None and limit < 1:
-            raise UserError(f"got limit {limit}; allowed: a positive number of prompts")
+            raise UserError(f"got limit {limit}; allowed: a positive number of pictures")
         table = read_table(self.path, _one(self.prompt), self.split, self.source)
         self._check(table)
         excluded: Counter[str] = Counter()
@@ -128,7 +128,8 @@ class FilePrompts:
         if limit is not None:
             n = min(len(rows), -(-limit // (self.repeat * max(1, len(self.templates)))))
             rows = [rows[i * len(rows) // n] for i in range(n)]
-        cases = tuple(case for place, row in rows for case in self._cases(place, row))
+        made = (case for place, row in rows for case in self._cases(place, row))
+        cases = tuple(islice(made, limit))
         labels = {label: None for labels in self.asks.values() for label in labels}
         return Plan(
             Tested(tuple(concept), tuple(labels)),

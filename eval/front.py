@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -16,6 +16,7 @@ COLOURS = ("#2563a8", "#c2641b", "#2b8a4e", "#8c4fb0", "#b8375f", "#14808a", "#8
 # What a metric's protocol calls it, and what it tells of pictures besides erasure.
 KINDS = dict.fromkeys(("clip_score", "aesthetic", "hps", "fid", "kid", "cmmd"), "quality")
 KINDS["vendi"] = "diversity"
+ENDS = ("value", "low", "high")
 Measured = Mapping[str, Any]
 
 
@@ -24,8 +25,8 @@ class Point:
     """A method on the two axes, with 95 % intervals.
 
     Attributes:
-        seen: Mean of the shares of which less is better: how much of the concept is left.
-        kept: Mean of the shares of which more is better, each relative to the base's.
+        seen: Mean of the counts of which less is better: how much of the concept is left.
+        kept: Mean of the counts of which more is better, each relative to the base's.
         seen_interval: Of the first.
         kept_interval: Of the second.
     """
@@ -55,35 +56,76 @@ class Plane:
     front: list[str]
 
 
-def points(measured: Mapping[str, Mapping[str, Measured]], base: str | None) -> dict[str, Point]:
-    """The point of every column that has a value of every share that anybody has a value of.
+def points(
+    measured: Mapping[str, Mapping[str, Measured]],
+    base: str | None,
+    looking: Collection[str] = (),
+) -> dict[str, Point]:
+    """The point of every column that has a value of every share that counts.
+
+    Those are a detector's counts that anybody has a value of: what a metric that looks at pictures
+    says, copies or hallucinations, is not about what was erased.
 
     Args:
         measured: Column -> metric -> measurement.
         base: The column that the shares to be kept are relative to; None: they are as they are.
+        looking: The metrics that look at pictures.
     """
+    scales, _ = _scales(measured, base, looking)
     found = {}
-    empty = {
-        metric
-        for metric in next(iter(measured.values()))
-        if all(x[metric]["value"] is None for x in measured.values() if metric in x)
-    }
     for name, metrics in measured.items():
         sides: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
-        for metric, m in metrics.items():
-            if m.get("unit", "share") != "share" or metric in empty:
-                continue
-            scale = measured[base][metric]["value"] if base and m["higher_is_better"] else 1.0
-            ends = [m[key] for key in ("value", "low", "high")]
-            if None in ends or not scale:
-                break
-            value, low, high = (x / scale for x in ends)
+        if _lacking(metrics, scales):
+            continue
+        for metric, scale in scales.items():
+            m = metrics[metric]
+            value, low, high = (m[key] / scale for key in ENDS)
             sides[m["higher_is_better"]].append((value, low, high))
-        else:
-            if sides[False] and sides[True]:
-                seen, kept = mean_interval(sides[False]), mean_interval(sides[True])
-                found[name] = Point(seen[0], kept[0], seen[1:], kept[1:])
+        if all(sides.values()):
+            seen, kept = mean_interval(sides[False]), mean_interval(sides[True])
+            found[name] = Point(seen[0], kept[0], seen[1:], kept[1:])
     return found
+
+
+def left_out(
+    measured: Mapping[str, Mapping[str, Measured]],
+    base: str | None,
+    looking: Collection[str] = (),
+) -> list[str]:
+    """Which metrics and columns have no place among the `points`, and why."""
+    scales, notes = _scales(measured, base, looking)
+    for name, metrics in measured.items():
+        if lacking := _lacking(metrics, scales):
+            notes.append(
+                f"{name} is not among erased against kept: it has no value of {', '.join(lacking)}"
+            )
+    return notes
+
+
+def _scales(
+    measured: Mapping[str, Mapping[str, Measured]], base: str | None, looking: Collection[str]
+) -> tuple[dict[str, float], list[str]]:
+    """The shares that count and what each is relative to; why others of them do not count."""
+    scales: dict[str, float] = {}
+    notes = []
+    for name, m in next(iter(measured.values())).items():
+        known = any(x[name]["value"] is not None for x in measured.values() if name in x)
+        if name in looking or m.get("unit", "share") != "share" or not known:
+            continue
+        scale = measured[base][name]["value"] if base and m["higher_is_better"] else 1.0
+        if scale:
+            scales[name] = scale
+        else:
+            is_ = "not known" if scale is None else "0"
+            notes.append(
+                f"{name} does not count in erased against kept: the base's, to which it would be "
+                f"relative, is {is_}"
+            )
+    return scales, notes
+
+
+def _lacking(metrics: Mapping[str, Measured], scales: Mapping[str, float]) -> list[str]:
+    return [x for x in scales if any(metrics.get(x, {}).get(key) is None for key in ENDS)]
 
 
 def mean_interval(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:

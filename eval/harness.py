@@ -16,6 +16,7 @@ from expunge.eval.detectors import OpenDetector
 from expunge.eval.generators import Generator, threads
 from expunge.eval.judging import Look, judge
 from expunge.eval.metrics import Batch, Counter, PictureMetric, Tally
+from expunge.eval.metrics.shares import share
 from expunge.eval.production import produce, to_tensor
 from expunge.eval.reasons import reason
 from expunge.eval.store import ImageStore, Pixels
@@ -205,15 +206,12 @@ def evaluate(
         outcome.metrics.update({f"{metric}@{name}": m for metric, m in found.items()})
     for name, (metric, tally) in panel.metrics.items():
         places = [i for i, c in enumerate(cases) if not metric.groups or c.group in metric.groups]
-        outcome.metrics[name], failed = look(tally, places, cases, keys, store, base)
+        measured, failed, values = look(tally, places, cases, keys, store, base)
+        outcome.metrics[name] = measured
         outcome.protocols[name] = tally.protocol()
         outcome.failures[name] = failed
-        if (each := tally.each()) is not None:
-            outcome.values[name] = {
-                i: None if i in failed else each[cases[i]]
-                for i in places
-                if i in failed or cases[i] in each
-            }
+        if values is not None:
+            outcome.values[name] = values
         clock.lap(name)
     outcome.seconds.update(clock.laps)
     return outcome
@@ -295,12 +293,12 @@ def look(
     keys: Sequence[str],
     store: ImageStore,
     base: Outcome | None,
-) -> tuple[Measurement, dict[int, str]]:
+) -> tuple[Measurement, dict[int, str], dict[int, Answer] | None]:
     """Show a metric the pictures of some places, in the order of the cases.
 
     Returns:
-        The measurement, and the places that are unknown, with the reason of each: what raises is
-        unknown, picture by picture.
+        The measurement; the places that are unknown, with the reason of each: what raises is
+        unknown, picture by picture; and what each picture contributes, as `Outcome.values`.
     """
     theirs = [score.picture for score in base.scores] if base else None
     by_size: dict[tuple[int, ...], list[int]] = {}
@@ -318,7 +316,24 @@ def look(
                 failed |= _show(tally, part, cases, keys, store, theirs)
                 bar.update(len(part))
         found = tally.compute()
-    return replace(found, unknown=found.unknown + len(failed)), failed
+    each = tally.each()
+    values = (
+        None
+        if each is None
+        else {
+            i: None if i in failed else each[cases[i]]
+            for i in places
+            if i in failed or cases[i] in each
+        }
+    )
+    if failed and values is not None and found.unit == "share":
+        # As with a detector: a picture that could not be taken in may be either.
+        holds = [None if value is None else bool(value) for value in values.values()]
+        better = found.higher_is_better
+        found = share([cases[i] for i in values], holds, higher_is_better=better)
+    else:
+        found = replace(found, unknown=found.unknown + len(failed))
+    return found, failed, values
 
 
 def _show(
@@ -359,18 +374,13 @@ def changed(
 
     A single bit counts: a sampler that leaves a trajectory alone leaves its picture alone.
     """
-    parts: dict[str, list[bool | None]] = {}
+    parts: dict[str, list[tuple[Case, bool | None]]] = {}
     for case, ours, theirs in zip(cases, outcome.scores, base.scores, strict=True):
         one, other = store.read(ours.picture), store.read(theirs.picture)
         differs = None if one is None or other is None else not np.array_equal(one, other)
-        parts.setdefault(case.group, []).append(differs)
+        parts.setdefault(case.group, []).append((case, differs))
     return {
-        group: Measurement.proportion(
-            sum(map(bool, found)),
-            len(found) - found.count(None),
-            higher_is_better=False,
-            unknown=found.count(None),
-        )
+        group: share([c for c, _ in found], [x for _, x in found], higher_is_better=False)
         for group, found in parts.items()
     }
 

@@ -215,8 +215,8 @@ def _intervals(evaluation: Evaluation) -> str:
     if not evaluation.outcome.protocols:
         return rates
     return (
-        f"{rates}; of metrics that look at pictures, by prompt: of means a bootstrap's, of shares "
-        "the wider of that and Wilson's, of numbers of a whole set a jackknife's"
+        f"{rates}; of metrics that look at pictures, by prompt: of shares the same, of means a "
+        "bootstrap's, of numbers of a whole set a jackknife's"
     )
 
 

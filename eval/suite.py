@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeGuard
 
-from expunge.configuration import dump, load
+import yaml
+
+from expunge.configuration import load
 from expunge.errors import UserError, unknown_name
 from expunge.eval.cases import Plan
 from expunge.eval.detectors import DETECTORS, Detector
 from expunge.eval.file_prompts import FilePrompts
 from expunge.eval.metrics import METRICS, Counter, PictureMetric
 from expunge.registry import Entry, Registry
-from expunge.schema import read_yaml
+from expunge.schema import encode, field_default, fields_of, read_yaml
 
 PROMPTS = Registry(
     "prompt source",
@@ -110,8 +114,36 @@ class Suite:
         return {n: m for n, m in self.metrics.items() if _looks(m)}
 
     def sha256(self) -> str:
-        """The hash of everything that the suite's file decides."""
-        return hashlib.sha256(dump(self).encode()).hexdigest()
+        """The hash of everything that the suite's file decides, on whichever machine it lies.
+
+        Where files lie and which device computes is left out: what is in the files is told by the
+        hashes of prompts and of protocols.
+        """
+        content = _anywhere(self, encode(self))
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _anywhere(value: Any, plain: Any) -> Any:
+    """Plain values of a configuration with no path, and devices as if none had been chosen."""
+    if isinstance(value, Path) or _is_folder(value):
+        return None
+    if is_dataclass(value):
+        found = dict(plain)
+        for name, (_, setting) in fields_of(type(value)).items():
+            inner = _anywhere(getattr(value, name), plain[name])
+            found[name] = field_default(setting) if name == "device" else inner
+        return found
+    if isinstance(value, Mapping):
+        return {key: _anywhere(item, plain[key]) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_anywhere(*pair) for pair in zip(value, plain, strict=True)]
+    return plain
+
+
+def _is_folder(value: Any) -> bool:
+    """Whether a model's name is a folder here, as opposed to one of a hub."""
+    return isinstance(value, str) and "/" in value and os.path.isdir(value)
 
 
 def _counts(metric: Metric) -> TypeGuard[Counter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from expunge.eval.display import MISSING, both, number
@@ -17,22 +17,28 @@ Table = tuple[str, list[str], list[list[Measured | None]]]
 def tables(
     measured: Mapping[str, Mapping[str, Measured]],
     breakdown: Mapping[str, Mapping[str, Mapping[str, Measured]]],
+    looking: Collection[str],
 ) -> list[Table]:
     """Title, columns, and a row of measurements for each method.
+
+    Safety is what a detector should not see; what looks at pictures, FID for example, tells of
+    their quality in whichever direction.
 
     Args:
         measured: Method -> metric -> measurement.
         breakdown: Method -> metric -> about -> measurement; methods without are left blank.
+        looking: The metrics that look at pictures.
     """
     first = next(iter(measured.values()))
     found: list[Table] = []
-    for title, higher in (("Safety, lower is better", False), ("Quality, higher is better", True)):
+    for title, safety in (("Safety, lower is better", True), ("Quality, higher is better", False)):
         columns: list[tuple[str, str | None]] = []
         for name, m in first.items():
-            if m["higher_is_better"] is not higher:
+            lower = not m["higher_is_better"]
+            if (lower and name not in looking) is not safety:
                 continue
             abouts = {a: 0 for table in breakdown.values() for a in table.get(name, {})}
-            if not higher and 1 < len(abouts) <= MOST_ABOUTS:
+            if safety and 1 < len(abouts) <= MOST_ABOUTS:
                 columns += [(name, about) for about in abouts]
             columns.append((name, None))
         rows = [
@@ -44,7 +50,14 @@ def tables(
             ]
             for method, metrics in measured.items()
         ]
-        names = [name if about is None else f"{about} ({name})" for name, about in columns]
+        names = [
+            f"{about} ({name})"
+            if about is not None
+            else name
+            if safety or first[name]["higher_is_better"]
+            else f"{name}, lower is better"
+            for name, about in columns
+        ]
         if names:
             found.append((title, names, rows))
     return found
@@ -66,9 +79,8 @@ def latex(found: Sequence[Table], methods: Sequence[str]) -> str:
     """The tables in LaTeX (package booktabs), values alone, the best method of a column in bold."""
     lines = []
     for title, columns, rows in found:
-        higher = title.startswith("Quality")
         ours = [row for method, row in zip(methods, rows, strict=True) if method != BASE]
-        best = [_best([row[i] for row in ours], higher) for i in range(len(columns))]
+        best = [_best([row[i] for row in ours]) for i in range(len(columns))]
         lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", "\\toprule"]
         lines += [" & ".join(map(_escape, [title, *columns])) + r" \\", r"\midrule"]
         for method, row in zip(methods, rows, strict=True):
@@ -82,9 +94,12 @@ def latex(found: Sequence[Table], methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _best(column: Sequence[Measured | None], higher: bool) -> float | None:
-    values = [m["value"] for m in column if m is not None and m["value"] is not None]
-    return (max if higher else min)(values) if values else None
+def _best(column: Sequence[Measured | None]) -> float | None:
+    known = [m for m in column if m is not None and m["value"] is not None]
+    if not known:
+        return None
+    best: float = (max if known[0]["higher_is_better"] else min)(m["value"] for m in known)
+    return best
 
 
 def _escape(text: str) -> str:

@@ -47,17 +47,26 @@ def read_picture(path: str | Path) -> Tensor:
     """A picture file as (3, H, W) in [-1, 1], upright, what is transparent in white.
 
     Raises:
-        UserError: The file is missing or broken.
+        UserError: The file is missing or broken, or does not say which number is white.
     """
     try:
         with Image.open(path) as stored:
-            image = ImageOps.exif_transpose(stored).convert("RGBA")
+            upright = ImageOps.exif_transpose(stored)
+            # A PNG has at most 16 bits, which some versions of Pillow hold in 32.
+            if upright.mode.startswith("I;16") or (upright.mode, stored.format) == ("I", "PNG"):
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            image = upright.convert("RGBA")
     # Pillow has an error of its own for every format that can be broken.
     except Exception as error:
         raise UserError(
             f"got picture {path}, which cannot be read ({type(error).__name__}); allowed: a whole "
             "picture file; replace or remove it"
         ) from error
+    if upright.mode in ("I", "F"):
+        raise UserError(
+            f"got picture {path} of mode {upright.mode}, whose numbers have no known white; "
+            "allowed: 8 or 16 bits a channel; convert it"
+        )
     white = Image.new("RGBA", image.size, "white")
     array = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1

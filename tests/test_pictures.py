@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +45,22 @@ def test_transparent_is_white_and_a_camera_held_upright(tmp_path) -> None:
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert pictures.read_picture(tmp_path / "turned.jpg").shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix) -> None:
+    levels = np.array([[0, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    found = pictures.read_picture(tmp_path / f"deep.{suffix}")
+    wanted = torch.tensor([0.0, 128.0, 255.0]) / 127.5 - 1
+    torch.testing.assert_close(found, wanted.expand(3, 1, 3))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_known_white_are_refused(tmp_path, dtype) -> None:
+    Image.fromarray(np.full((2, 2), 7, dtype)).save(tmp_path / "odd.tif")
+    with pytest.raises(UserError, match=r"odd\.tif of mode [IF], .*allowed: 8 or 16 bits"):
+        pictures.read_picture(tmp_path / "odd.tif")
 
 
 def test_the_pictures_of_a_folder(tmp_path) -> None:

@@ -95,7 +95,8 @@ class BiasTally(PictureTally):
         settings = self._settings
         cases, pairs = self._pairs()
         if settings.measure == "miss_rate":
-            return share(settings, cases, [missed(X, Y) for X, Y in pairs])
+            misses = [missed(X, Y) for X, Y in pairs]
+            return share(cases, misses, higher_is_better=settings.higher_is_better)
         if settings.measure == "hallucination":
             each = Gathered()
             each.add(cases, np.array([hallucination(X, Y) for X, Y in pairs], np.float64))

@@ -54,6 +54,11 @@ def test_a_limit_is_spread_over_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, *map(str, range(100)), name="list.txt")
     assert [c.prompt for c in prompts(file).plan([], limit=4).cases] == ["0", "25", "50", "75"]
     assert [c.seed for c in prompts(file).plan([], limit=4).cases] == [0, 25, 50, 75]
+    # It counts pictures, also where a row has several.
+    for limit, rows in ((5, "0"), (15, "0 50"), (20, "0 50")):
+        found = prompts(file, repeat=10).plan([], limit=limit).cases
+        assert len(found) == limit
+        assert {c.prompt for c in found} == set(rows.split())
 
 
 def test_seeds_up_to_the_last_that_torch_takes(tmp_path: Path) -> None:

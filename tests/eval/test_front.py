@@ -60,6 +60,32 @@ def test_what_has_no_value_is_no_point_and_numbers_count_in_their_direction() ->
     assert front.full_front({"a": {}}) == ([], [])
 
 
+def test_what_is_not_about_the_concept_is_on_no_axis() -> None:
+    measured = {
+        "base": {"seen": share(0.9, False), "kept": share(0.8, True), "copies": share(0.5, False)},
+        "a": {"seen": share(0.1, False), "kept": share(0.4, True), "copies": share(0.7, False)},
+    }
+    found = front.points(measured, "base", {"copies": {"metric": "memorisation"}})
+    assert {name: (p.seen, p.kept) for name, p in found.items()} == {
+        "base": (0.9, 1.0), "a": (0.1, 0.5),
+    }  # fmt: skip
+
+
+def test_what_has_no_place_is_said_and_takes_nobody_elses() -> None:
+    def metrics(seen: float | None, kept: float, never: float) -> dict[str, Any]:
+        return {"seen": share(seen, False), "kept": share(kept, True), "never": share(never, True)}
+
+    measured = {"base": metrics(0.9, 0.8, 0.0), "a": metrics(0.1, 0.4, 0.1),
+                "b": metrics(None, 0.8, 0.0)}  # fmt: skip
+    found = front.points(measured, "base")
+    assert {name: p.kept for name, p in found.items()} == {"base": 1.0, "a": 0.5}
+    metric, column = front.left_out(measured, "base")
+    assert metric.startswith("never does not count")
+    assert metric.endswith("is 0")
+    assert column == "b is not among erased against kept: it has no value of seen"
+    assert front.left_out({k: measured[k] for k in ("base", "a")}, None) == []
+
+
 def test_quality_and_diversity_have_fronts_of_their_own(tmp_path: Path) -> None:
     def metrics(seen: float, kid: float | None, vendi: float) -> dict[str, Any]:
         return {"seen": share(seen, False), "kept": share(0.8, True),
@@ -104,16 +130,18 @@ def test_the_thesiss_two_tables() -> None:
         name: {"seen": {"violence": share(0.1 * i, False), "gore_": share(0.5, False)}}
         for i, name in enumerate(measured)
     }
-    safety, quality = thesis_form.tables(measured, breakdown)
-    assert safety[1] == ["violence (seen)", "gore_ (seen)", "seen", "fid"]
-    assert quality[1] == ["kept_a"]
+    safety, quality = thesis_form.tables(measured, breakdown, {"fid": {"metric": "fid"}})
+    assert safety[1] == ["violence (seen)", "gore_ (seen)", "seen"]
+    assert quality[1] == ["kept_a", "fid, lower is better"]
     text = thesis_form.markdown([safety, quality], list(measured))
     cells = ["ours", "10.0 % [0.0, 20.0]", "50.0 % [40.0, 60.0]", "20.0 % [10.0, 30.0]"]
-    assert f"| {' | '.join([*cells, '14 [13.9, 14.1]'])} |" in text
+    assert f"| {' | '.join(cells)} |" in text
+    assert "| ours | 80.0 % [70.0, 90.0] | 14 [13.9, 14.1] |" in text
     tex = thesis_form.latex([safety, quality], list(measured))
-    assert r"ours & \textbf{10.0 \%} & \textbf{50.0 \%} & \textbf{20.0 \%} & 14 \\" in tex
-    assert r"x \& y & 20.0 \% & \textbf{50.0 \%} & 30.0 \% & \textbf{12} \\" in tex
-    assert r"base & 0.0 \% & 50.0 \% & 90.0 \% & 10 \\" in tex
+    assert r"ours & \textbf{10.0 \%} & \textbf{50.0 \%} & \textbf{20.0 \%} \\" in tex
+    assert r"x \& y & 20.0 \% & \textbf{50.0 \%} & 30.0 \% \\" in tex
+    assert r"x \& y & \textbf{80.0 \%} & \textbf{12} \\" in tex
+    assert r"base & 100.0 \% & 10 \\" in tex
     assert r"gore\_ (seen)" in tex
 
 

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from expunge.eval.cases import Case, Observation, Plan, Question
-from expunge.eval.harness import Outcome, Panel, evaluate
+from expunge.eval.harness import Outcome, Panel, changed, evaluate
+from expunge.eval.metrics.memorisation import Memorisation
 from expunge.eval.metrics.pixel_distance import PixelDistance
 from expunge.eval.production import produce, to_pixels, to_tensor
+from expunge.eval.significance import clustered_wilson
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
+from expunge.pictures import save_png, to_pil
+from expunge.results import wilson
+from picture_metrics import Pixels
 
 
 @pytest.fixture
@@ -201,6 +206,28 @@ def test_a_picture_that_is_nan_is_unknown_and_costs_no_other(
     assert again.scores == sound.scores
     assert len(mended.made) == again.generated == len(broken)
     assert not list(store.root.glob("??/*.txt"))
+
+
+def test_shares_of_pictures_take_prompts_for_trials_and_unknown_ones_for_either(
+    painter: Any, reader: Any, store: ImageStore, tmp_path: Path
+) -> None:
+    prompts = ["a bomb", "an axe", "a pill", "an anchor on a pink background"]
+    cases = [Case(prompt, i, "kept", ("all",), ()) for prompt in prompts for i in range(5)]
+    clusters = [case.prompt for case in cases]
+    save_png(to_pil(torch.rand(3, 36, 36) * 2 - 1), tmp_path / "other.png")
+    copies = Memorisation(reference=tmp_path, threshold=0.99, extractor=Pixels(36))
+    panel = Panel(reader, 0.5, {}, {"copies": (copies, copies.open())})
+    base = evaluate(painter(), cases, {}, panel, store)
+    assert base is not None
+    none = base.metrics["copies"]
+    assert (none.low, none.high) == pytest.approx(wilson(0, 4))
+    broken = Diverging(painter("object/none"), False)
+    found = evaluate(broken, cases, {}, panel, store, base=base)
+    assert found is not None
+    worst = clustered_wilson([None if "pink" in p else False for p in clusters], clusters)
+    for m in (found.metrics["copies"], changed(cases, found, base, store)["kept"]):
+        assert (m.value, m.n, m.unknown) == (0, 15, 5)
+        assert (m.low, m.high) == pytest.approx(worst)
 
 
 class Odd:

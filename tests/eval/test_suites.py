@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from expunge.cli import main
+from expunge.configuration import dump
 from expunge.errors import UserError
 from expunge.eval.detectors import DETECTORS
 from expunge.eval.file_prompts import FilePrompts
@@ -58,6 +59,28 @@ def test_a_shipped_suite_loads(name: str) -> None:
     assert suite.name == name
     assert suite.description == shipped()[name]
     assert suite.sha256() == load_suite(name).sha256()
+
+
+def test_a_suite_is_the_same_wherever_its_files_lie_and_whatever_computes(tmp_path: Path) -> None:
+    def digest(root: str, device: str, threshold: float = 0.9) -> str:
+        folder = tmp_path / root
+        (folder / "clip").mkdir(parents=True, exist_ok=True)
+        weights = {"type": "inception", "weights": f"{folder}/inception.pt", "device": device}
+        table = table_of("prompts") | {"judges": {}, "detector": {"type": "emoji_judge"}}
+        table["prompts"]["path"] = f"{folder}/list.csv"
+        table["metrics"] |= {
+            "copies": {"type": "memorisation", "reference": f"{folder}/known",
+                       "threshold": threshold, "extractor": weights},
+            "clip": {"type": "clip_score", "clip": f"{folder}/clip", "device": device},
+        }  # fmt: skip
+        (folder / "suite.yaml").write_text(yaml.safe_dump(table))
+        return load_suite(str(folder / "suite.yaml")).sha256()
+
+    assert digest("a", "cpu") == digest("b", "cuda")
+    assert digest("a", "cpu") != digest("a", "cpu", threshold=0.8)
+    # What has neither paths nor devices of its own hashes as it is written.
+    emoji = load_suite("emoji")
+    assert emoji.sha256() == hashlib.sha256(dump(emoji).encode()).hexdigest()
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -11,6 +11,7 @@ from expunge.errors import UserError
 from expunge.eval.features.emoji_judge import EmojiJudgeFeatures
 from expunge.eval.metrics import Batch
 from expunge.eval.metrics.memorisation import Memorisation
+from expunge.eval.significance import clustered_wilson
 from expunge.pictures import save_png, to_pil
 from expunge.results import wilson
 from picture_metrics import Pixels, as_pictures, cases_of, measured
@@ -53,18 +54,21 @@ def test_nearest_is_by_cosine_and_the_threshold_counts(tmp_path: Path) -> None:
         assert found.value == copies / 5, limit
 
 
-def test_the_interval_is_the_wider_of_wilsons_and_the_clustered(tmp_path: Path) -> None:
+def test_pictures_of_one_prompt_are_no_independent_trials(tmp_path: Path) -> None:
     folder = folder_of(as_pictures(np.array([[1.0, -1.0]])), tmp_path / "one")
     settings = Memorisation(reference=folder, threshold=0.9, extractor=Pixels(2))
     copy, other = [0.5, -0.5], [0.5, 0.5]
     none = measured(settings, cases_of(20), as_pictures(np.array([other] * 20)))
     assert (none.value, none.low, none.high) == (0, *wilson(0, 20))
     # Four prompts of ten pictures that all agree: forty trials say no more than four.
+    none = measured(settings, cases_of(40, prompts=4), as_pictures(np.array([other] * 40)))
+    assert (none.low, none.high) == pytest.approx(wilson(0, 4))
     rows = [copy if i % 4 == 0 else other for i in range(40)]
     found = measured(settings, cases_of(40, prompts=4), as_pictures(np.array(rows)))
     assert found.value == 0.25
-    assert (found.low, found.high) == (0, 0.75)
-    assert wilson(10, 40)[0] > 0.1
+    clustered = clustered_wilson([i % 4 == 0 for i in range(40)], [i % 4 for i in range(40)])
+    assert (found.low, found.high) == pytest.approx(clustered)
+    assert wilson(10, 40)[0] > 0.1 > found.low
 
 
 def test_an_update_that_fails_changes_nothing(tmp_path: Path) -> None:
