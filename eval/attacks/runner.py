@@ -31,18 +31,24 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
     """
     arena.look()
     chosen = [i for i, shot in enumerate(arena.before) if attack.together or shot.seen is not True]
-    size = len(chosen) if attack.together else at_once
-    parts = [chosen[start : start + size] for start in range(0, len(chosen), max(size, 1))]
     done = read_batches(arena.folder / FILE)
-    if len(done) < len(parts):
+    # By case, not by place: a judge that failed before the kill may do so no more, and then other
+    # cases are chosen.
+    known = {row["case"] for batch in done for row in batch["rows"]}
+    if attack.together and known != set(chosen):
+        done, known = [], set()
+    left = [i for i in chosen if i not in known]
+    size = len(chosen) if attack.together else at_once
+    parts = [left[start : start + size] for start in range(0, len(left), max(size, 1))]
+    if parts:
         begun = time.monotonic()
         attack.prepare(arena)
         prepared = time.monotonic() - begun
         with tqdm(
-            total=len(chosen), initial=sum(map(len, parts[: len(done)])), desc="attack",
-            unit="case", disable=None,
+            total=len(chosen), initial=len(chosen) - len(left), desc="attack", unit="case",
+            disable=None,
         ) as bar:  # fmt: skip
-            for part in parts[len(done) :]:
+            for part in parts:
                 begun = time.monotonic()
                 attack.run(arena, part)
                 seconds = arena.seconds + time.monotonic() - begun

@@ -1,6 +1,7 @@
 """Cases in batches: who is attacked, what a kill costs, what NaN means."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def test_a_killed_attack_goes_on_and_ends_as_if_it_had_not_been(arena, monkeypat
     assert timeless(done) == timeless(whole)
 
 
+def test_a_case_is_not_taken_for_attacked_because_another_was(arena, monkeypatch) -> None:
+    """Case 0 could not be judged before the kill, and shows the concept by itself after it."""
+    first = arena()
+    whole = timeless(attack_all(TWO, first, at_once=1))
+    again = arena()
+    append(again.folder / FILE, read_batches(first.folder / FILE)[0])
+    look = Arena.look
+
+    def judged_at_last(self):
+        look(self)
+        self.before[0] = replace(self.before[0], seen=True)
+
+    monkeypatch.setattr(Arena, "look", judged_at_last)
+    rows = timeless(attack_all(TWO, again, at_once=1))
+    assert rows[1] == whole[1]
+    assert (rows[0]["attacked"], rows[0]["before"], rows[0]["after"]) == (True, True, True)
+
+
 def test_a_torn_line_is_cut_off(tmp_path) -> None:
     file = tmp_path / FILE
     append(file, {"rows": [1]})
@@ -148,8 +167,6 @@ def test_a_base_that_draws_none_is_refused(arena, lora) -> None:
 
 
 def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None:
-    from dataclasses import replace
-
     field = arena()
     field.look()
     field.ceiling[0] = replace(field.ceiling[0], seen=False)
@@ -159,8 +176,6 @@ def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None
 
 
 def test_targets_are_of_the_same_concept(arena, quick) -> None:
-    from dataclasses import replace
-
     plan = quick.prompts.plan(["a bomb", "a key"], 3)
     bomb, key, other_bomb = plan.cases
     assert bomb.questions == other_bomb.questions != key.questions
