@@ -87,6 +87,11 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid4().hex}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether it has such a name: a kill leaves what was being written."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file under a temporary name beside ``path``, renamed once all of it is on the disk."""

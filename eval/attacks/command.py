@@ -115,8 +115,14 @@ def earlier(config: AttackConfig) -> dict[str, Any] | None:
     file = config.output_dir / FILE
     if not file.is_file():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found | measured(config.attack, found["rows"])
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found | measured(config.attack, found["rows"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"got {file}, which cannot be read ({error!r}); allowed: what `expunge attack` wrote; "
+            "remove it, and the attack is counted again"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from expunge.errors import UserError
 from expunge.eval.attacks import Attack
 from expunge.eval.attacks.arena import Arena
 from expunge.eval.attacks.rates import either
@@ -72,7 +74,11 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
 
 
 def read_batches(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; what a kill has torn is cut off."""
+    """The whole lines of a file; what a kill has torn is cut off.
+
+    Raises:
+        UserError: A whole line is no batch.
+    """
     if not file.is_file():
         return []
     data = file.read_bytes()
@@ -80,7 +86,23 @@ def read_batches(file: Path) -> list[dict[str, Any]]:
     if len(whole) < len(data):
         with open(file, "r+b") as stream:
             stream.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [_checked(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"got {file}, which cannot be read ({error!r}); allowed: what an attack wrote; choose "
+            "another --output_dir, or say --overwrite true"
+        ) from None
+
+
+def _checked(batch: Any) -> dict[str, Any]:
+    found: dict[str, Any] = batch
+    itemgetter("passes", "seconds")(found["common"])
+    for row in found["rows"]:
+        itemgetter("case", "passes", "seconds")(row)
+        for trial in row["trials"]:
+            itemgetter("prompt", "said", "picture", "seen")(trial)
+    return found
 
 
 def append(file: Path, batch: dict[str, Any]) -> None:

@@ -24,6 +24,11 @@ def timeless(done: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in done["rows"]]
 
 
+def batch_of(case: int) -> dict[str, Any]:
+    row = {"case": case, "trials": [], "passes": 0, "seconds": 0.0}
+    return {"rows": [row], "common": {"passes": 0, "seconds": 0.0}}
+
+
 def test_an_attack_on_a_model_that_forgot_nothing_attacks_nobody(arena) -> None:
     meadow = arena(erased=False)
     done = attack_all(TWO, meadow, at_once=8)
@@ -103,13 +108,27 @@ def test_a_case_is_not_taken_for_attacked_because_another_was(arena, monkeypatch
 
 def test_a_torn_line_is_cut_off(tmp_path) -> None:
     file = tmp_path / FILE
-    append(file, {"rows": [1]})
+    one, other = batch_of(1), batch_of(3)
+    append(file, one)
     with open(file, "ab") as stream:
         stream.write(b'{"rows": [2')
-    assert read_batches(file) == [{"rows": [1]}]
-    append(file, {"rows": [3]})
-    assert read_batches(file) == [{"rows": [1]}, {"rows": [3]}]
+    assert read_batches(file) == [one]
+    append(file, other)
+    assert read_batches(file) == [one, other]
     assert read_batches(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"garbage", b"\xff", b"[]", b"{}", b'{"common": {"passes": 0, "seconds": 0}, "rows": [1]}'],
+)
+def test_a_whole_line_that_is_no_batch_is_one_mistake(tmp_path, line) -> None:
+    file = tmp_path / FILE
+    append(file, batch_of(1))
+    with open(file, "ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(UserError, match=r"batches.jsonl, which cannot be read .*--overwrite true"):
+        read_batches(file)
 
 
 def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -> None:
