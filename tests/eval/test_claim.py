@@ -30,7 +30,7 @@ def test_a_kill_while_it_is_claimed_leaves_it_free(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 1, "generators": {}}'])
 def test_a_broken_one_is_refused_unless_it_may_be_emptied(folder: Path, text: str) -> None:
     (folder / RUN).write_text(text)
-    with pytest.raises(UserError, match="cannot be read .*say --overwrite true"):
+    with pytest.raises(UserError, match=r"cannot be read .*say --overwrite true"):
         refuse_another(folder, False, SETTINGS, "evaluation")
     refuse_another(folder, True, SETTINGS, "evaluation")
 

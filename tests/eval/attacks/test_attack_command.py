@@ -8,7 +8,11 @@ import pytest
 from PIL import Image
 
 from expunge.cli import main, table_rows
-from expunge.eval.attacks.command import named
+from expunge.errors import UserError
+from expunge.eval.attacks.command import AttackConfig, ask, earlier, named
+from expunge.eval.attacks.paraphrase import Paraphrase
+from expunge.eval.claim import claim
+from expunge.results import MARKER
 
 
 @pytest.fixture
@@ -148,10 +152,21 @@ def test_a_folder_of_something_else_is_refused(attack, tmp_path, capsys) -> None
     assert (tmp_path / "report.json").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{}]}'])
+def test_a_broken_report_is_one_mistake(suite_path, tmp_path, text) -> None:
+    config = AttackConfig(
+        output_dir=tmp_path, suite=str(suite_path), concept=["a bomb"], limit=1, attack=Paraphrase()
+    )
+    (tmp_path / MARKER).touch()
+    claim(tmp_path, ask(config).settings, "attack", "base", {})
+    (tmp_path / "attack.json").write_text(text)
+    with pytest.raises(UserError, match=r"attack.json, which cannot be read"):
+        earlier(config)
+
+
 def test_sdxl_is_refused_by_attacks_on_tokens() -> None:
     from types import SimpleNamespace
 
-    from expunge.errors import UserError
     from expunge.eval.attacks.white_box import require_one_encoder
 
     two = SimpleNamespace(text_encoder=1, tokenizer=1, text_encoder_2=2, tokenizer_2=2)
