@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from expunge.backbones import identity
 from expunge.cli import main, table_rows
 from expunge.errors import UserError
-from expunge.eval.attacks.command import AttackConfig, ask, earlier, named
+from expunge.eval.attacks.command import AttackConfig, ask, earlier, models, named
 from expunge.eval.attacks.paraphrase import Paraphrase
 from expunge.eval.claim import claim
 from expunge.results import MARKER
@@ -60,6 +61,7 @@ def test_it_leaves_a_report_a_sheet_and_a_table(attack, tmp_path, capsys) -> Non
     assert found["cost"]["unet_passes"] == 8 * len(row["trials"])
     assert found["best_of"][-1]["value"] == found["results"]["asr"]["value"]
     assert set(found["generators"]) == {"erased", "base"}
+    assert found["models"] == dict.fromkeys(("erased", "base"), identity("emoji"))
     assert found["generators"]["base"]["adapters"] == []
     assert len(found["generators"]["erased"]["adapters"]) == 1
     assert found["provenance"]["seconds"] >= 0
@@ -161,6 +163,26 @@ def test_a_broken_report_is_one_mistake(suite_path, tmp_path, text) -> None:
     claim(tmp_path, ask(config).settings, "attack", "base", {})
     (tmp_path / "attack.json").write_text(text)
     with pytest.raises(UserError, match=r"attack.json, which cannot be read"):
+        earlier(config)
+
+
+def test_a_model_whose_files_changed_is_another(suite_path, tmp_path) -> None:
+    weights = tmp_path / "model" / "unet.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    (weights.parent / "model_index.json").touch()
+    out = tmp_path / "out"
+    config = AttackConfig(
+        output_dir=out, suite=str(suite_path), concept=["a bomb"], limit=1, attack=Paraphrase(),
+        model=str(weights.parent),
+    )  # fmt: skip
+    out.mkdir()
+    (out / MARKER).touch()
+    claim(out, ask(config).settings, "attack", "base", {})
+    (out / "attack.json").write_text(json.dumps({"rows": [], "models": models(config)}))
+    assert earlier(config)["rows"] == []
+    weights.write_bytes(b"other")
+    with pytest.raises(UserError, match="an attack of another model"):
         earlier(config)
 
 
