@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import UserError
-from expunge.results import MARKER, fresh_output_dir, write_json_atomic
+from expunge.results import MARKER, fresh_output_dir, is_temporary, write_json_atomic
 
 RUN = "run.json"
 
@@ -29,14 +29,25 @@ def refuse_another(folder: Path, overwrite: bool, settings: dict[str, Any], kind
         UserError: The folder holds something else.
     """
     fresh_output_dir(folder, overwrite, not overwrite, dry_run=True)
-    if not folder.is_dir() or all(item.name == MARKER for item in folder.iterdir()):
+    content = [item for item in folder.iterdir() if item.name != MARKER] if folder.is_dir() else []
+    if all(map(is_temporary, content)):
         return
+    other = UserError(
+        f"got output folder {folder}, which holds results that are no {kind}; allowed: a "
+        "new or an empty folder; choose another --output_dir"
+    )
     # A training's folder carries the marker too, and must not be emptied for a report.
-    if not (folder / RUN).is_file() or (found := _read(folder)).get("kind", kind) != kind:
-        raise UserError(
-            f"got output folder {folder}, which holds results that are no {kind}; allowed: a "
-            "new or an empty folder; choose another --output_dir"
-        )
+    if not (folder / RUN).is_file():
+        raise other
+    try:
+        found = _read(folder)
+    except UserError:
+        # Nobody can tell any more whose it was; whoever says so may have it.
+        if overwrite:
+            return
+        raise
+    if found.get("kind", kind) != kind:
+        raise other
     if overwrite:
         return
     known = found["settings"]

@@ -1,6 +1,5 @@
 """Tensors to pictures and back, and pictures to labelled sheets."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from expunge.errors import UserError
+from expunge.results import temporary_beside
 
 GAP = 6
 LINE = 16
@@ -74,9 +74,12 @@ def read_picture(path: str | Path) -> Tensor:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write under a temporary name, then rename: a picture is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    temporary = temporary_beside(path)
+    try:
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sheet(

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal
+from uuid import uuid4
 
 from expunge.errors import UserError
 
@@ -81,11 +82,21 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def temporary_beside(target: Path) -> Path:
+    """A hidden name in its folder that no other thread, process or machine takes."""
+    return target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it has such a name: a kill leaves what was being written."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file under a temporary name beside ``path``, renamed once all of it is on the disk."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     try:
         with open(temporary, "wb") as stream:
             yield stream

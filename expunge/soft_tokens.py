@@ -24,7 +24,7 @@ from torch import Tensor
 
 from expunge.concepts import soft_names
 from expunge.errors import UserError
-from expunge.results import sha256_file
+from expunge.results import sha256_file, temporary_beside
 from expunge.silence import quiet
 
 FILE = "tokens.safetensors"
@@ -114,7 +114,7 @@ def write(file: Path, token: SoftToken, about: Mapping[str, Any]) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in zip(keys, token.vectors, strict=True)}
     own = {"format": FORMAT, "token": token.name}
     own |= {_DIGESTS[at]: digest for at, digest in token.encoder.items()}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(file)
     try:
         header = {METADATA: json.dumps({**own, **about}, sort_keys=True)}
         save_file(tensors, temporary, metadata=header)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import forked
 from expunge.clip import load_clip
 from expunge.configuration import dump, load
+from expunge.errors import UserError
 from expunge.eval.production import to_tensor
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import load_suite
@@ -281,6 +282,31 @@ def test_the_table_of_attacks_goes_on_where_it_was(tmp_path, lora_of_nothing) ->
     done = run("attack_table.py", *arguments, "1", "--present", "true")
     assert done.returncode == 2
     assert "holds an attack with another adapters" in done.stderr
+
+
+def test_a_part_of_a_table_leaves_its_other_cells(monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from tables import fill, markdown
+
+    def table(cells):
+        return markdown(["cell", "n"], [[name, str(x["n"])] for name, x in cells.items()])
+
+    def run(limit, **n):
+        jobs = {name: lambda value=value: {"n": value} for name, value in n.items()}
+        return fill(jobs, tmp_path / "table", table, limit=limit)
+
+    run(1, uce=1, esd=2)
+    assert run(1, uce=3, spm=4) == {"uce": {"n": 3}, "esd": {"n": 2}, "spm": {"n": 4}}
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert (list(found["cells"]), found["limit"]) == (["uce", "esd", "spm"], 1)
+    before = (tmp_path / "table.md").read_bytes()
+    assert before.decode().splitlines()[2:] == ["| uce | 3 |", "| esd | 2 |", "| spm | 4 |"]
+    with pytest.raises(UserError, match="other settings than today's"):
+        run(2, uce=5)
+    assert (tmp_path / "table.md").read_bytes() == before
+    (tmp_path / "table.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(1, uce=5)
 
 
 def test_as_many_latents_at_random_are_others_with_every_seed(tmp_path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from expunge.results import (
     provenance,
     sha256_file,
     sha256_folder,
+    whole_file,
     wilson,
     write_json_atomic,
     write_text_atomic,
@@ -119,6 +120,16 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
         write_text_atomic(target, "\ud800")
     assert json.loads(target.read_text(encoding="utf-8")) == {"é": [1, None]}
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Threads have one PID, and so may processes of two machines that share a folder."""
+    target = tmp_path / "r.txt"
+    with whole_file(target) as one, whole_file(target) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert target.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["r.txt"]
 
 
 def test_atomic_write_survives_a_kill(tmp_path: Path) -> None:

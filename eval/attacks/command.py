@@ -93,7 +93,7 @@ def run(config: AttackConfig) -> dict[str, Any]:
         {
             "suite": suite.name, "version": suite.version, "smoke": config.limit is not None,
             "excluded": dict(asked.plan.excluded), "sources": dict(asked.plan.sources),
-            "unchecked": list(asked.plan.unchecked),
+            "unchecked": list(asked.plan.unchecked), "models": models(config),
         },
     )  # fmt: skip
     print_table(report)
@@ -115,8 +115,37 @@ def earlier(config: AttackConfig) -> dict[str, Any] | None:
     file = config.output_dir / FILE
     if not file.is_file():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found | measured(config.attack, found["rows"])
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found |= measured(config.attack, found["rows"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"got {file}, which cannot be read ({error!r}); allowed: what `expunge attack` wrote; "
+            "remove it, and the attack is counted again"
+        ) from None
+    # An older version did not say it.
+    if "models" in found and found["models"] != models(config):
+        raise UserError(
+            f"got output folder {config.output_dir}, which holds an attack of another model (its "
+            "files changed); choose another --output_dir, or say --overwrite true"
+        )
+    return found
+
+
+def models(config: AttackConfig) -> dict[str, str]:
+    """What tells the models under these names from others, without loading them.
+
+    Raises:
+        UserError: A model of the hub is not on this machine.
+    """
+    from expunge.backbones import identity
+
+    names = {"erased": config.model, "base": config.base or config.model}
+    try:
+        known = {model: identity(model) for model in set(names.values())}
+    except RuntimeError as error:
+        raise UserError(f"{error}; allowed: a model that is here; load it once") from None
+    return {name: known[model] for name, model in names.items()}
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from expunge.errors import UserError
 from expunge.eval.attacks import Attack
 from expunge.eval.attacks.arena import Arena
 from expunge.eval.attacks.rates import either
@@ -31,18 +33,24 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
     """
     arena.look()
     chosen = [i for i, shot in enumerate(arena.before) if attack.together or shot.seen is not True]
-    size = len(chosen) if attack.together else at_once
-    parts = [chosen[start : start + size] for start in range(0, len(chosen), max(size, 1))]
     done = read_batches(arena.folder / FILE)
-    if len(done) < len(parts):
+    # By case, not by place: a judge that failed before the kill may do so no more, and then other
+    # cases are chosen.
+    known = {row["case"] for batch in done for row in batch["rows"]}
+    if attack.together and known != set(chosen):
+        done, known = [], set()
+    left = [i for i in chosen if i not in known]
+    size = len(chosen) if attack.together else at_once
+    parts = [left[start : start + size] for start in range(0, len(left), max(size, 1))]
+    if parts:
         begun = time.monotonic()
         attack.prepare(arena)
         prepared = time.monotonic() - begun
         with tqdm(
-            total=len(chosen), initial=sum(map(len, parts[: len(done)])), desc="attack",
-            unit="case", disable=None,
+            total=len(chosen), initial=len(chosen) - len(left), desc="attack", unit="case",
+            disable=None,
         ) as bar:  # fmt: skip
-            for part in parts[len(done) :]:
+            for part in parts:
                 begun = time.monotonic()
                 attack.run(arena, part)
                 seconds = arena.seconds + time.monotonic() - begun
@@ -66,7 +74,11 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
 
 
 def read_batches(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; what a kill has torn is cut off."""
+    """The whole lines of a file; what a kill has torn is cut off.
+
+    Raises:
+        UserError: A whole line is no batch.
+    """
     if not file.is_file():
         return []
     data = file.read_bytes()
@@ -74,7 +86,23 @@ def read_batches(file: Path) -> list[dict[str, Any]]:
     if len(whole) < len(data):
         with open(file, "r+b") as stream:
             stream.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [_checked(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"got {file}, which cannot be read ({error!r}); allowed: what an attack wrote; choose "
+            "another --output_dir, or say --overwrite true"
+        ) from None
+
+
+def _checked(batch: Any) -> dict[str, Any]:
+    found: dict[str, Any] = batch
+    itemgetter("passes", "seconds")(found["common"])
+    for row in found["rows"]:
+        itemgetter("case", "passes", "seconds")(row)
+        for trial in row["trials"]:
+            itemgetter("prompt", "said", "picture", "seen")(trial)
+    return found
 
 
 def append(file: Path, batch: dict[str, Any]) -> None:

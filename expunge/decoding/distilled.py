@@ -6,7 +6,6 @@ The file is safetensors, `clip.*` and `linear.*`, with a JSON header that says f
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from expunge.decoding.base import Decoder, digests, latent_channels
 from expunge.decoding.settings import FOLDER, check_size
 from expunge.errors import UserError
+from expunge.results import temporary_beside
 from expunge.schema import Context, decode_section
 
 FILE = "decoder.safetensors"
@@ -212,7 +212,7 @@ def write(folder: Path, header: Header, clip: ClipNetwork, linear: nn.Conv2d) ->
     }
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise FloatingPointError("the distilled decoder holds NaN; lower the learning rate")
-    temporary = folder / f".{FILE}.{os.getpid()}.tmp"
+    temporary = temporary_beside(folder / FILE)
     try:
         # One key only: safetensors writes several in a random order.
         save_file(state, temporary, metadata={METADATA: json.dumps(asdict(header))})

@@ -14,6 +14,7 @@ from expunge.densities.base import HarmDensity
 from expunge.densities.clip_text import check_clips
 from expunge.densities.thresholds import check_threshold, spread_threshold
 from expunge.errors import UserError
+from expunge.results import temporary_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,7 +203,7 @@ def write_head(path: str | Path, head: Head, about: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     own = {"format": FORMAT, "clip": head.clip, "sha256": head.sha256, "name": head.name}
     tensors = {key: value.contiguous() for key, value in head.tensors.items()}
     try:

@@ -79,7 +79,9 @@ def main(argv: list[str]) -> None:
             told = settings_of(config, column, method)
             if not config.present or (told.output_dir / FILE).exists():
                 jobs[f"{method}/{column}"] = partial(cell, told)
-    print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
+    told = ("suite", "model", "concept", "limit", "budget", "seed")
+    about = {name: getattr(config, name) for name in told}
+    print(table(fill(jobs, config.output_dir / "table", table, **about)))
 
 
 def settings_of(config: Config, column: str, method: str) -> AttackConfig:

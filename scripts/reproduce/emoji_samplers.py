@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(config.threads)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     jobs = {name: partial(cell, config, name) for name in chosen(config.only, SAMPLERS)}
-    print(table(fill(jobs, config.output_dir / "table", table, called="rows")))
+    about = {name: getattr(config, name) for name in ("suite", "concept", "limit")}
+    print(table(fill(jobs, config.output_dir / "table", table, called="rows", **about)))
 
 
 def cell(config: Config, name: str) -> dict[str, Any]:

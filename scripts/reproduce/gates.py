@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
     config = parse(Config, argv, "gates.py")
     torch.set_num_threads(config.threads)
     jobs = {name: partial(cell, config, name) for name in chosen(config.only, ARMS)}
-    print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
+    about = {name: getattr(config, name) for name in ("limit", "steps", "seed")}
+    print(table(fill(jobs, config.output_dir / "table", table, **about)))
 
 
 def cell(config: Config, name: str) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
         for seed in range(config.seeds)
         for name in rows
     }
-    print(table(fill(jobs, config.output_dir / "table", table, limit=config.limit)))
+    about = {name: getattr(config, name) for name in ("limit", "steps", "rollouts", "refresh")}
+    print(table(fill(jobs, config.output_dir / "table", table, **about)))
 
 
 def erased(config: Config, name: str, seed: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def fill(
     called: str = "cells",
     **about: Any,
 ) -> Cells:
-    """One cell after the other; the table is written with each.
+    """One cell after the other; the table is written with each, and keeps what else was in it.
 
     Args:
         jobs: Name -> what makes the cell, or reads it again where it is there.
@@ -48,18 +49,45 @@ def fill(
         called: What the .json calls the cells.
         about: What else it says.
 
+    Returns:
+        All that are in the table now.
+
     Raises:
-        UserError: There is no job.
+        UserError: There is no job, or the table has other cells, of other settings.
     """
     if not jobs:
         raise UserError("got no cell that is there; allowed: one or more; leave out --present")
-    cells: Cells = {}
+    cells, said = written(file.with_suffix(".json"), called)
+    if cells.keys() <= jobs.keys():
+        cells = {}
+    else:
+        require_same(file.with_suffix(".json"), said | about, about | said)
     for name, make in jobs.items():
         cells[name] = make()
         found = {called: cells, **about, "provenance": provenance()}
         write_json_atomic(file.with_suffix(".json"), found)
         write_text_atomic(file.with_suffix(".md"), table(cells))
     return cells
+
+
+def written(file: Path, called: str) -> tuple[Cells, dict[str, Any]]:
+    """The cells of a table that may be there, and what else it says of them.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if not file.is_file():
+        return {}, {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        cells = dict(found.pop(called))
+        found.pop("provenance")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"got a table {file} that cannot be read ({error!r}); allowed: one that this script "
+            "wrote; remove it"
+        ) from None
+    return cells, found
 
 
 def require_same(cell: Path, found: Any, wanted: Any) -> None:
@@ -70,7 +98,7 @@ def require_same(cell: Path, found: Any, wanted: Any) -> None:
     """
     if found != wanted:
         raise UserError(
-            f"got a cell {cell} that was made with other settings than today's; allowed: cells of "
+            f"got {cell} that was made with other settings than today's; allowed: cells of "
             "the same settings in one table; remove it, or choose another output_dir"
         )
 

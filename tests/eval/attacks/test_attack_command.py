@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from expunge.backbones import identity
 from expunge.cli import main, table_rows
-from expunge.eval.attacks.command import named
+from expunge.errors import UserError
+from expunge.eval.attacks.command import AttackConfig, ask, earlier, models, named
+from expunge.eval.attacks.paraphrase import Paraphrase
+from expunge.eval.claim import claim
+from expunge.results import MARKER
 
 
 @pytest.fixture
@@ -56,6 +61,7 @@ def test_it_leaves_a_report_a_sheet_and_a_table(attack, tmp_path, capsys) -> Non
     assert found["cost"]["unet_passes"] == 8 * len(row["trials"])
     assert found["best_of"][-1]["value"] == found["results"]["asr"]["value"]
     assert set(found["generators"]) == {"erased", "base"}
+    assert found["models"] == dict.fromkeys(("erased", "base"), identity("emoji"))
     assert found["generators"]["base"]["adapters"] == []
     assert len(found["generators"]["erased"]["adapters"]) == 1
     assert found["provenance"]["seconds"] >= 0
@@ -148,10 +154,41 @@ def test_a_folder_of_something_else_is_refused(attack, tmp_path, capsys) -> None
     assert (tmp_path / "report.json").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{}]}'])
+def test_a_broken_report_is_one_mistake(suite_path, tmp_path, text) -> None:
+    config = AttackConfig(
+        output_dir=tmp_path, suite=str(suite_path), concept=["a bomb"], limit=1, attack=Paraphrase()
+    )
+    (tmp_path / MARKER).touch()
+    claim(tmp_path, ask(config).settings, "attack", "base", {})
+    (tmp_path / "attack.json").write_text(text)
+    with pytest.raises(UserError, match=r"attack.json, which cannot be read"):
+        earlier(config)
+
+
+def test_a_model_whose_files_changed_is_another(suite_path, tmp_path) -> None:
+    weights = tmp_path / "model" / "unet.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    (weights.parent / "model_index.json").touch()
+    out = tmp_path / "out"
+    config = AttackConfig(
+        output_dir=out, suite=str(suite_path), concept=["a bomb"], limit=1, attack=Paraphrase(),
+        model=str(weights.parent),
+    )  # fmt: skip
+    out.mkdir()
+    (out / MARKER).touch()
+    claim(out, ask(config).settings, "attack", "base", {})
+    (out / "attack.json").write_text(json.dumps({"rows": [], "models": models(config)}))
+    assert earlier(config)["rows"] == []
+    weights.write_bytes(b"other")
+    with pytest.raises(UserError, match="an attack of another model"):
+        earlier(config)
+
+
 def test_sdxl_is_refused_by_attacks_on_tokens() -> None:
     from types import SimpleNamespace
 
-    from expunge.errors import UserError
     from expunge.eval.attacks.white_box import require_one_encoder
 
     two = SimpleNamespace(text_encoder=1, tokenizer=1, text_encoder_2=2, tokenizer_2=2)

@@ -1,6 +1,7 @@
 """Cases in batches: who is attacked, what a kill costs, what NaN means."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ TWO = Paraphrase(queries=2, at_once=1)
 
 def timeless(done: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in done["rows"]]
+
+
+def batch_of(case: int) -> dict[str, Any]:
+    row = {"case": case, "trials": [], "passes": 0, "seconds": 0.0}
+    return {"rows": [row], "common": {"passes": 0, "seconds": 0.0}}
 
 
 def test_an_attack_on_a_model_that_forgot_nothing_attacks_nobody(arena) -> None:
@@ -82,15 +88,47 @@ def test_a_killed_attack_goes_on_and_ends_as_if_it_had_not_been(arena, monkeypat
     assert timeless(done) == timeless(whole)
 
 
+def test_a_case_is_not_taken_for_attacked_because_another_was(arena, monkeypatch) -> None:
+    """Case 0 could not be judged before the kill, and shows the concept by itself after it."""
+    first = arena()
+    whole = timeless(attack_all(TWO, first, at_once=1))
+    again = arena()
+    append(again.folder / FILE, read_batches(first.folder / FILE)[0])
+    look = Arena.look
+
+    def judged_at_last(self):
+        look(self)
+        self.before[0] = replace(self.before[0], seen=True)
+
+    monkeypatch.setattr(Arena, "look", judged_at_last)
+    rows = timeless(attack_all(TWO, again, at_once=1))
+    assert rows[1] == whole[1]
+    assert (rows[0]["attacked"], rows[0]["before"], rows[0]["after"]) == (True, True, True)
+
+
 def test_a_torn_line_is_cut_off(tmp_path) -> None:
     file = tmp_path / FILE
-    append(file, {"rows": [1]})
+    one, other = batch_of(1), batch_of(3)
+    append(file, one)
     with open(file, "ab") as stream:
         stream.write(b'{"rows": [2')
-    assert read_batches(file) == [{"rows": [1]}]
-    append(file, {"rows": [3]})
-    assert read_batches(file) == [{"rows": [1]}, {"rows": [3]}]
+    assert read_batches(file) == [one]
+    append(file, other)
+    assert read_batches(file) == [one, other]
     assert read_batches(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"garbage", b"\xff", b"[]", b"{}", b'{"common": {"passes": 0, "seconds": 0}, "rows": [1]}'],
+)
+def test_a_whole_line_that_is_no_batch_is_one_mistake(tmp_path, line) -> None:
+    file = tmp_path / FILE
+    append(file, batch_of(1))
+    with open(file, "ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(UserError, match=r"batches.jsonl, which cannot be read .*--overwrite true"):
+        read_batches(file)
 
 
 def test_nan_pictures_are_unknown_and_cost_only_themselves(arena, monkeypatch) -> None:
@@ -148,8 +186,6 @@ def test_a_base_that_draws_none_is_refused(arena, lora) -> None:
 
 
 def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None:
-    from dataclasses import replace
-
     field = arena()
     field.look()
     field.ceiling[0] = replace(field.ceiling[0], seen=False)
@@ -159,8 +195,6 @@ def test_targets_show_the_concept_though_the_base_fails_in_a_case(arena) -> None
 
 
 def test_targets_are_of_the_same_concept(arena, quick) -> None:
-    from dataclasses import replace
-
     plan = quick.prompts.plan(["a bomb", "a key"], 3)
     bomb, key, other_bomb = plan.cases
     assert bomb.questions == other_bomb.questions != key.questions
