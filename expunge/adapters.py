@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ NAME = "erase"
 METADATA = "expunge"  # our one key in the file's header; diffusers' is lora_adapter_metadata
 
 
-def attach(unet: Any, modules: list[str], rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Put a LoRA on the named layers, ΔW = (alpha / rank) B A with B = 0, and return its weights.
+def attach(
+    unet: Any, modules: list[str], rank: int, alpha: float, seed: int, fixed: Sequence[str] = ()
+) -> list[nn.Parameter]:
+    """Put a LoRA on the named layers, ΔW = (alpha / rank) B A with B = 0; its weights that learn.
 
-    Everything else is frozen; the LoRA is float32 whatever the base is (arXiv 2106.09685).
+    Everything else is frozen, and so is the LoRA on the `fixed` ones of these layers; it is float32
+    whatever the base is (arXiv 2106.09685).
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -41,6 +44,8 @@ def attach(unet: Any, modules: list[str], rank: int, alpha: float, seed: int) ->
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
         unet.add_adapter(config, adapter_name=NAME)
     cast_training_params(unet, torch.float32)
+    for name in fixed:
+        unet.get_submodule(name).requires_grad_(False)
     return [p for p in unet.parameters() if p.requires_grad]
 
 

@@ -21,6 +21,7 @@ from expunge.train.preserve import Preserve
 from expunge.train.robust import Robust
 from expunge.train.several import Several
 from expunge.train.sight import Gate
+from expunge.train.tamper import Tamper
 
 
 def small_run(model: str, folder: Path, **changes) -> TrainConfig:
@@ -84,6 +85,12 @@ KINDS = {
         "start": Uce(),
         "latents": Noised(count=6, steps=2, unprompted=0.5),
         "robust": Robust(restart=3),
+        "tamper": Tamper(restart=3, learning_rate=1e-2, batch_size=3),
+    },
+    "twin-fixed": {
+        "objective": Twin(layers="u"),
+        "start": Uce(),
+        "latents": Noised(count=6, steps=2),
     },
     "esd-start": {"objective": Esd(), "start": Uce()},
     "esd-robust": {"objective": Esd(), "robust": Robust(restart=3)},

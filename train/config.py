@@ -11,6 +11,7 @@ from expunge.train.preserve import Preserve
 from expunge.train.robust import Robust
 from expunge.train.several import Several
 from expunge.train.sight import Gate
+from expunge.train.tamper import Tamper
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class TrainConfig:
     several: Several = field(default_factory=Several)
     robust: Robust | None = field(
         default=None, metadata={"help": "against words that would bring the concept back"}
+    )
+    tamper: Tamper | None = field(
+        default=None, metadata={"help": "against fine-tuning that would bring the concept back"}
     )
     preserve: Preserve = field(default_factory=Preserve)
     start: Annotated[Any, OBJECTIVES] | None = field(
@@ -233,6 +237,16 @@ class TrainConfig:
                 "got latents.unprompted with an objective that teaches another prompt than the "
                 "concept's, which would still be read; allowed: one that teaches the concept's; "
                 "leave out erase_from, subject and attributes, or set unprompted 0"
+            )
+        if self.tamper and not getattr(self.latents, "knows_noise", False):
+            raise ValueError(
+                "got tamper with latents that are no pictures with noise on them, from which an "
+                "attacker could learn; allowed: latents of type noised"
+            )
+        if self.tamper and self.compile:
+            raise ValueError(
+                "got tamper with compile, whose graphs do not see what an attacker changes; "
+                "allowed: one of them"
             )
         if getattr(self.latents, "coreset", 0) and not self.preserve.weight:
             raise ValueError(

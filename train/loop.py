@@ -5,8 +5,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from expunge.train.latents import Maker
 from expunge.train.losses import Embeddings, Losses
 from expunge.train.predictions import Inputs, Networks
 from expunge.train.share import Share
+from expunge.train.tamper import Tampering
 
 ROUNDING = 1e-10  # mean squares of ε below it are no difference in float32
 
@@ -88,14 +90,17 @@ class Trainer:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         self.unet = unet = pipeline.unet
         objective = config.objective
-        modules = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        learn = backbones.modules_of(unet, config.lora.targets or objective.modules)
+        moved = backbones.modules_of(unet, config.tamper.layers) if config.tamper else []
         began = time.perf_counter()
         edit, edited = None, []
         if config.start is not None:
             edit = config.start.fit(pipeline, config.concept)
             edited = backbones.modules_of(unet, config.start.modules)
+        # Where nothing learns, the LoRA has the closed form's edit alone.
+        fixed = [name for name in edited if name not in learn]
         self.parameters = adapters.attach(
-            unet, modules, config.lora.rank, config.lora.alpha, config.seed
+            unet, learn + fixed, config.lora.rank, config.lora.alpha, config.seed, fixed
         )
         lost = install(edit, unet, edited, learns=True) if edit is not None else None
         seconds = time.perf_counter() - began if edit is not None else 0.0
@@ -120,6 +125,10 @@ class Trainer:
             settle(accelerator.state.deepspeed_plugin.deepspeed_config, config)
         wrapped, self.optimizer = accelerator.prepare(unet, self.optimizer)
         self.networks = Networks(unet, wrapped, pipeline.scheduler, self.ema, self.parameters)
+        self.tampering = None
+        if config.tamper:
+            self.tampering = Tampering(config.tamper, self.networks, moved, config.seed)
+            self.networks.untampered = partial(self.tampering.applied, False)
         self.share = Share(accelerator.process_index, accelerator.num_processes)
         retained = config.preserve.batch_size if config.preserve.weight else 0
         batch = config.batch_size * self.share.count, retained * self.share.count
@@ -141,6 +150,7 @@ class Trainer:
         self.progress.clips = losses.clips()
         kept = (
             self.schedule, self.progress, self.ema, self.latents, losses.turns, losses.attack,
+            self.tampering,
         )  # fmt: skip
         accelerator.register_for_checkpointing(*(x for x in kept if hasattr(x, "state_dict")))
         self.checkpoints = Checkpoints(
@@ -274,11 +284,17 @@ class Trainer:
         total = self.accelerator.reduce(counts, "sum")
         return dict(zip(own, total.tolist(), strict=True))
 
+    def _tampered(self, step: int) -> AbstractContextManager[None]:
+        """Now and then, the weights that an attacker's fine-tuning has come to."""
+        if self.tampering is None or not self.tampering.due(step):
+            return nullcontext()
+        return self.tampering.applied()
+
     def _optimise(self, step: int) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
         sums: dict[str, float] = {}
         for micro in range(config.gradient_accumulation):
-            with accelerator.accumulate(self.networks.wrapped):
+            with accelerator.accumulate(self.networks.wrapped), self._tampered(step):
                 terms = self.losses(step * config.gradient_accumulation + micro)
                 values = torch.stack(list(terms.values()))
                 loss = values.sum()
@@ -304,6 +320,12 @@ class Trainer:
             self.schedule.step()
             if self.ema is not None:
                 self.ema.step(self.parameters)
+        if self.tampering is not None:
+            drawn = self.latents
+            prompts = [made for made, _ in drawn.prompts["erased"]] or config.concept.prompts()
+            sums["attacker"] = self.tampering.advance(
+                step, drawn.latents["erased"], prompts, self.maker.embed
+            )
         return sums | {"learning_rate": self.schedule.get_last_lr()[0]}
 
 

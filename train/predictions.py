@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ class Networks:
         self.unet, self.wrapped, self.scheduler = unet, wrapped, scheduler
         self.ema, self.parameters = ema, parameters
         self.kind = prediction.prediction_type(scheduler)
+        # What the student alone is under, if it is under something; see `expunge.train.tamper`.
+        self.untampered: Callable[[], AbstractContextManager[None]] = nullcontext
         self.forwards: Counter[str] = Counter(teacher=0, student=0, sampling=0)
 
     def predict(self, wanted: Mapping[str, Inputs]) -> dict[str, Tensor]:
@@ -92,7 +94,8 @@ class Networks:
         `scale_model_input`, y / √(σ² + 1), makes just this of its own y = x_0 + σ ε.
         """
         dtype = self.unet.conv_in.weight.dtype  # the adapter's own may be another
-        with self._as(network), torch.set_grad_enabled(network == "student"):
+        clean = nullcontext if network == "student" else self.untampered
+        with self._as(network), clean(), torch.set_grad_enabled(network == "student"):
             unet = self.wrapped if network == "student" else self.unet
             arguments = inputs.conditioning.arguments(dtype)
             found: Tensor = unet(inputs.x_t.to(dtype), inputs.t, **arguments).sample

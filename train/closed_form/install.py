@@ -28,7 +28,7 @@ def install(edit: Edit, unet: Any, names: list[str], *, learns: bool = False) ->
         The largest ‖ΔW − B A‖ / ‖ΔW‖ of any layer.
 
     Raises:
-        UserError: A layer has no LoRA, or the edit changes nothing.
+        UserError: The edit changes nothing.
     """
     if not (edit.P.any() and edit.Q.any()):
         raise UserError(
@@ -38,11 +38,6 @@ def install(edit: Edit, unet: Any, names: list[str], *, learns: bool = False) ->
     errors = []
     for name in names:
         layer = unet.get_submodule(name)
-        if adapters.NAME not in getattr(layer, "lora_A", {}):
-            raise UserError(
-                f"got a LoRA without {name}, which the closed form changes; allowed: lora.targets "
-                "x, x-strict or all"
-            )
         A, B = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
         b, a, error = edit.lora(layer.base_layer.weight, len(A))
         if learns:
