@@ -74,7 +74,8 @@ def _parse(text: str, path: Path, text_column: str) -> Iterable[Row]:
             raise UserError(f"got prompts {path} with two columns {twice[0]!r}; allowed: one each")
         rows = list(reader)
     else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_object(line, f"line {i} of {path}") for i, line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         # DictReader puts surplus cells under None, and None into cells that are lacking.
         uneven = suffix == ".csv" and (None in row or None in row.values())
@@ -84,6 +85,20 @@ def _parse(text: str, path: Path, text_column: str) -> Iterable[Row]:
                 'allowed: one for each column; put prompts with commas in "quotes"'
             )
     return rows
+
+
+def _object(line: str, where: str) -> Any:
+    found = json.loads(line)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    # JSON may escape half of a pair, "\ud800", which no tokenizer and no file takes.
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(
+            f"got {where} with {half}, half a character; allowed: whole ones, in UTF-8 or as both "
+            "halves; mend that line"
+        ) from None
+    return found
 
 
 def _dataset(path: Path, split: str, source: str) -> Table:

@@ -268,6 +268,16 @@ def test_a_wrong_file_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_half_a_character_is_one_line_that_says_where(tmp_path: Path) -> None:
+    whole = r'{"prompt": "a cat \ud83d\ude3a"}'
+    file = written(tmp_path, whole, "", r'{"prompt": "a \ud83d cat"}', name="list.jsonl")
+    with pytest.raises(UserError, match=r"got line 3 of .*list.jsonl with '.ud83d'") as error:
+        prompts(file).plan([])
+    assert "\n" not in str(error.value)
+    file = written(tmp_path, whole, name="whole.jsonl")
+    assert prompts(file).plan([]).cases[0].prompt == "a cat 😺"
+
+
 def test_a_missing_file_and_wrong_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a file that exists.*get it here: the shop"):
         prompts(tmp_path / "none.csv", source="the shop").plan([])
