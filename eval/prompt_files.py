@@ -24,7 +24,8 @@ class Table:
 
     Attributes:
         rows: Column -> cell, of each row.
-        sha256: The hash of the file's bytes; of a dataset, of its rows as JSON lines.
+        sha256: The hash of the file's bytes; of a dataset, of its rows as JSON lines, without
+            pictures, sound and other bytes.
     """
 
     rows: tuple[Row, ...]
@@ -117,7 +118,9 @@ def _dataset(path: Path, split: str, source: str) -> Table:
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, split=split)
-        rows = tuple(dict(row) for row in found)
+        # Decoded, the pictures of a dataset fill the memory and are never the same object twice.
+        binary = [name for name, kind in found.features.items() if _holds_bytes(kind)]
+        rows = tuple(dict(row) for row in found.remove_columns(binary))
     # A missing split, no network, a gate, a broken file: the library has an error for each.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -130,3 +133,14 @@ def _dataset(path: Path, split: str, source: str) -> Table:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return Table(rows, digest.hexdigest())
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of `datasets` has pictures, sound, films or bytes in it, however deep."""
+    if isinstance(kind, dict):
+        return any(map(_holds_bytes, kind.values()))
+    if isinstance(kind, (list, tuple)):
+        return any(map(_holds_bytes, kind))
+    if hasattr(kind, "feature"):
+        return _holds_bytes(kind.feature)
+    return hasattr(kind, "decode_example") or "binary" in str(getattr(kind, "dtype", ""))

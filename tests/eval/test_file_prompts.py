@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from expunge.configuration import dump, load
 from expunge.errors import UserError
 from expunge.eval.cells import Where
 from expunge.eval.file_prompts import FilePrompts
+from expunge.eval.prompt_files import read_table
 
 ASKS = {"target_seen": ["a bomb", "a dagger"]}
 
@@ -220,6 +222,22 @@ def test_the_folder_of_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split 'dev', which cannot be read") as error:
         prompts(tmp_path / "split", split="dev", source="the shop").plan([])
     assert "the shop" in str(error.value)
+
+
+def test_the_pictures_of_a_dataset_are_not_read(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"prompt": ["a key", "a bell", "a bell"], "tags": [["x"], ["y"], ["a girl"]]}
+    picture = Image.new("RGB", (8, 8))
+    shown = {"image": [picture] * 3, "shots": [[picture]] * 3, "raw": [b"no text"] * 3}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "texts")
+    kinds = {"image": datasets.Image(), "shots": datasets.Sequence(datasets.Image())}
+    pictured = datasets.Dataset.from_dict(rows | shown)
+    pictured = pictured.cast(datasets.Features({**pictured.features, **kinds}))
+    pictured.save_to_disk(tmp_path / "pictured")
+    texts, same = (read_table(tmp_path / name, "prompt") for name in ("texts", "pictured"))
+    assert same == texts
+    assert prompts(tmp_path / "pictured").plan([]).excluded == {"age-coded words": 1}
 
 
 def test_a_dataset_of_the_hub_that_cannot_be_reached_is_one_line() -> None:
