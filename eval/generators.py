@@ -73,6 +73,7 @@ class PipelineGenerator:
         self._size = height, width = picture_size(pipeline)
         self._identity = {
             "pipeline": type(pipeline).__name__,
+            "settings": _own_settings(pipeline),
             "components": component_hashes(pipeline),
             "adapters": [dict(adapter) for adapter in adapters],
             "sampler": sampler if isinstance(sampler, str) else dict(sampler),
@@ -87,7 +88,7 @@ class PipelineGenerator:
             self._identity["arithmetic"] = {"batch": self.shape(AS_SUITE), "threads": threads}
 
     def identity(self) -> dict[str, Any]:
-        """Hashes of all components, adapters, sampler, steps, guidance, size, dtype, device."""
+        """Hashes of all components, settings, adapters, sampler, steps, guidance, size, device."""
         return dict(self._identity)
 
     def shape(self, sampling: Sampling) -> int:
@@ -143,6 +144,14 @@ def component_hashes(pipeline: Any) -> dict[str, str]:
     }
 
 
+def _own_settings(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline is told besides its components, such as what an empty prompt is to SDXL."""
+    # Whether a checker has to be there says nothing of pictures; one that is there is a component.
+    others = {*pipeline.components, "requires_safety_checker"}
+    told = pipeline.config.items()
+    return {k: v for k, v in told if k not in others and not k.startswith("_")}
+
+
 def _component_hash(component: Any) -> str:
     digest = hashlib.sha256(type(component).__name__.encode())
     for part in _settings(component):
@@ -166,6 +175,9 @@ def _settings(component: Any) -> Iterator[Any]:
     if hasattr(component, "get_vocab"):
         yield component.get_vocab()
         yield component.model_max_length
+        # What fills a prompt up, and where: SD 2.x pads with another token than 1.x.
+        yield component.special_tokens_map
+        yield [component.padding_side, component.truncation_side]
     if hasattr(component, "backend_tokenizer"):
         table = json.loads(component.backend_tokenizer.to_str())
         # Both are set anew by every call, so that a used tokenizer would differ from a fresh one.

@@ -24,7 +24,8 @@ class Table:
 
     Attributes:
         rows: Column -> cell, of each row.
-        sha256: The hash of the file's bytes; of a dataset, of its rows as JSON lines.
+        sha256: The hash of the file's bytes; of a dataset, of its rows as JSON lines, without
+            pictures, sound and other bytes.
     """
 
     rows: tuple[Row, ...]
@@ -74,7 +75,8 @@ def _parse(text: str, path: Path, text_column: str) -> Iterable[Row]:
             raise UserError(f"got prompts {path} with two columns {twice[0]!r}; allowed: one each")
         rows = list(reader)
     else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_object(line, f"line {i} of {path}") for i, line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         # DictReader puts surplus cells under None, and None into cells that are lacking.
         uneven = suffix == ".csv" and (None in row or None in row.values())
@@ -84,6 +86,20 @@ def _parse(text: str, path: Path, text_column: str) -> Iterable[Row]:
                 'allowed: one for each column; put prompts with commas in "quotes"'
             )
     return rows
+
+
+def _object(line: str, where: str) -> Any:
+    found = json.loads(line)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    # JSON may escape half of a pair, "\ud800", which no tokenizer and no file takes.
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(
+            f"got {where} with {half}, half a character; allowed: whole ones, in UTF-8 or as both "
+            "halves; mend that line"
+        ) from None
+    return found
 
 
 def _dataset(path: Path, split: str, source: str) -> Table:
@@ -102,7 +118,9 @@ def _dataset(path: Path, split: str, source: str) -> Table:
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, split=split)
-        rows = tuple(dict(row) for row in found)
+        # Decoded, the pictures of a dataset fill the memory and are never the same object twice.
+        binary = [name for name, kind in found.features.items() if _holds_bytes(kind)]
+        rows = tuple(dict(row) for row in found.remove_columns(binary))
     # A missing split, no network, a gate, a broken file: the library has an error for each.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -115,3 +133,14 @@ def _dataset(path: Path, split: str, source: str) -> Table:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return Table(rows, digest.hexdigest())
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of `datasets` has pictures, sound, films or bytes in it, however deep."""
+    if isinstance(kind, dict):
+        return any(map(_holds_bytes, kind.values()))
+    if isinstance(kind, (list, tuple)):
+        return any(map(_holds_bytes, kind))
+    if hasattr(kind, "feature"):
+        return _holds_bytes(kind.feature)
+    return hasattr(kind, "decode_example") or "binary" in str(getattr(kind, "dtype", ""))

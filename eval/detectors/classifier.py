@@ -19,6 +19,9 @@ from expunge.eval.detectors import check_threshold
 from expunge.eval.detectors.picture_bytes import to_bytes
 from expunge.silence import quiet
 
+# Of settings, what says where and by which version they were written.
+_ORIGIN = ("_name_or_path", "transformers_version")
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -86,9 +89,12 @@ class OpenClassifier:
         self._scores = settings.scores or _scores_of(model.config.problem_type, settings.model)
 
     def protocol(self) -> dict[str, Any]:
-        """Hash of weights and preprocessing, labels, threshold."""
-        preprocessing = json.dumps(self._processor.to_dict(), sort_keys=True, default=str)
-        digest = hashlib.sha256(preprocessing.encode())
+        """Hash of weights, preprocessing and configuration, labels, threshold."""
+        digest = hashlib.sha256()
+        # The configuration says which score has which name, and the activations between weights.
+        for settings in (self._processor, self._model.config):
+            own = {k: v for k, v in settings.to_dict().items() if k not in _ORIGIN}
+            digest.update(json.dumps(own, sort_keys=True, default=str).encode())
         for key, value in sorted(self._model.state_dict().items()):
             digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
         return {

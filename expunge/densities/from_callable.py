@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,7 +104,20 @@ class Called(HarmDensity):
         return scores[:, None] if scores.ndim == 1 else scores
 
     def identity(self) -> dict[str, Any]:
-        """The function's name; its code is the caller's affair."""
+        """The function's name and the hash of its source; what it calls is the caller's affair.
+
+        Raises:
+            UserError: Its source cannot be read, so that nothing tells it from a namesake.
+        """
         f = self.function
+        code = f if inspect.isroutine(f) else type(f)
         name = f"{getattr(f, '__module__', '')}:{getattr(f, '__qualname__', type(f).__qualname__)}"
-        return {**super().identity(), "function": name}
+        try:
+            source = inspect.getsource(code)
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"got function {name}, whose source cannot be read, so that nothing tells it from "
+                "another of its name; allowed: a Python function in a file; wrap it in one"
+            ) from error
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        return {**super().identity(), "function": name, "source": digest}

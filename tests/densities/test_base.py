@@ -1,6 +1,10 @@
 """The contract: who fires, what is refused, and that thresholds are read as people write them."""
 
+import linecache
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +61,22 @@ def test_a_function_by_name() -> None:
     for name in ("torch:no_such", "no_such_module:f", "torch:float32"):
         with pytest.raises(UserError, match=f"got (function )?{name}"):
             FromCallable(name).build()
+
+
+def test_a_function_is_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(source: str) -> dict[str, Any]:
+        (tmp_path / "my_scores.py").write_text(f"def score(x):\n    return {source}\n")
+        linecache.clearcache()
+        sys.modules.pop("my_scores", None)
+        return FromCallable("my_scores:score").build().identity()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert identity("x.mean()") == identity("x.mean()")
+    assert identity("x.mean()") != identity("x.amax()")
+    sys.modules.pop("my_scores")
+    with pytest.raises(UserError, match="whose source cannot be read"):
+        FromCallable("torch:abs").build().identity()
 
 
 @pytest.mark.parametrize(

@@ -183,14 +183,14 @@ def test_a_calibration_of_another_density_is_refused(file: str, tiny_clip: str) 
     for other, what in [
         (ClipText(clip=tiny_clip, targets=["a bomb", "a cat face"]), "names"),
         (ClipText(clip=tiny_clip, targets=texts, thesis_compat=True), "clips"),
-        (FromCallable("torch:abs", texts), "class"),
+        (FromCallable("torch.nn.functional:relu", texts), "class"),
     ]:
         with pytest.raises(UserError, match=f"made with another density: {what} differs"):
             Calibrated(other, file).build()
 
 
 def test_a_broken_file_is_one_line(file: str, tmp_path: Path) -> None:
-    density = FromCallable("torch:abs")
+    density = FromCallable("torch.nn.functional:relu")
     whole = json.loads(Path(file).read_text())
     spoilt = [
         ("{", "cannot be read"),

@@ -49,7 +49,10 @@ def test_nan_in_one_part_raises() -> None:
 
 
 def test_settings() -> None:
-    config = Combination([FromCallable("torch:abs", ["a"]), FromCallable("torch:exp", ["b"])])
+    where = "torch.nn.functional"
+    config = Combination(
+        [FromCallable(f"{where}:relu", ["a"]), FromCallable(f"{where}:silu", ["b"])]
+    )
     density = config.build()
     assert density.names == ["a", "b"]
     assert len(density.identity()["parts"]) == 2

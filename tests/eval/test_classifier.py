@@ -112,20 +112,29 @@ def test_what_is_missing_is_one_line(model: Path, tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_the_hash_is_of_weights_and_preprocessing(model: Path, tmp_path: Path) -> None:
+def test_the_hash_is_of_weights_preprocessing_and_configuration(
+    model: Path, tmp_path: Path
+) -> None:
     def weights(folder: Path) -> str:
         found: str = Classifier(str(folder)).open().protocol()["weights"]
         return found
 
-    for name in ("copy", "bright", "other"):
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "copy": ("config.json", {}),
+        "bright": ("preprocessor_config.json", {"image_mean": [0.1] * 3}),
+        "renamed": ("config.json", {"id2label": dict(enumerate(reversed(NAMES)))}),
+        "relu": ("config.json", {"hidden_act": "relu"}),
+    }
+    for name, (changed, values) in changes.items():
         (tmp_path / name).mkdir()
         for file in model.iterdir():
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
-    settings = tmp_path / "bright" / "preprocessor_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"image_mean": [0.1] * 3}))
+        settings = tmp_path / name / changed
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | values))
     save(tmp_path / "other", ViTForImageClassification(config()))
     assert weights(model) == weights(tmp_path / "copy")
-    assert len({weights(f) for f in (model, tmp_path / "bright", tmp_path / "other")}) == 3
+    different = [model, *(tmp_path / name for name in ("bright", "renamed", "relu", "other"))]
+    assert len(set(map(weights, different))) == len(different)
 
 
 def test_nan_raises(model: Path, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from expunge.configuration import dump, load
 from expunge.errors import UserError
 from expunge.eval.cells import Where
 from expunge.eval.file_prompts import FilePrompts
+from expunge.eval.prompt_files import read_table
 
 ASKS = {"target_seen": ["a bomb", "a dagger"]}
 
@@ -227,6 +229,22 @@ def test_the_folder_of_a_dataset(tmp_path: Path) -> None:
     assert "the shop" in str(error.value)
 
 
+def test_the_pictures_of_a_dataset_are_not_read(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"prompt": ["a key", "a bell", "a bell"], "tags": [["x"], ["y"], ["a girl"]]}
+    picture = Image.new("RGB", (8, 8))
+    shown = {"image": [picture] * 3, "shots": [[picture]] * 3, "raw": [b"no text"] * 3}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "texts")
+    kinds = {"image": datasets.Image(), "shots": datasets.Sequence(datasets.Image())}
+    pictured = datasets.Dataset.from_dict(rows | shown)
+    pictured = pictured.cast(datasets.Features({**pictured.features, **kinds}))
+    pictured.save_to_disk(tmp_path / "pictured")
+    texts, same = (read_table(tmp_path / name, "prompt") for name in ("texts", "pictured"))
+    assert same == texts
+    assert prompts(tmp_path / "pictured").plan([]).excluded == {"age-coded words": 1}
+
+
 def test_a_dataset_of_the_hub_that_cannot_be_reached_is_one_line() -> None:
     with pytest.raises(UserError, match=r"got prompts hf:nobody/nothing, split") as error:
         prompts(Path("hf:nobody/nothing"), source="ask nobody").plan([])
@@ -271,6 +289,16 @@ def test_a_wrong_file_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         prompts(tmp_path / name, **options).plan([])
     assert "\n" not in str(error.value)
+
+
+def test_half_a_character_is_one_line_that_says_where(tmp_path: Path) -> None:
+    whole = r'{"prompt": "a cat \ud83d\ude3a"}'
+    file = written(tmp_path, whole, "", r'{"prompt": "a \ud83d cat"}', name="list.jsonl")
+    with pytest.raises(UserError, match=r"got line 3 of .*list.jsonl with '.ud83d'") as error:
+        prompts(file).plan([])
+    assert "\n" not in str(error.value)
+    file = written(tmp_path, whole, name="whole.jsonl")
+    assert prompts(file).plan([]).cases[0].prompt == "a cat 😺"
 
 
 def test_a_missing_file_and_wrong_settings(tmp_path: Path) -> None:

@@ -92,3 +92,25 @@ def test_whatever_changes_a_picture_changes_the_identity(
         assert [key for key in before if before[key] != after[key]] == [name]
     changed.scheduler.register_to_config(prediction_type="v_prediction")
     assert component_hashes(changed)["scheduler"] != known["components"]["scheduler"]
+
+
+def test_what_a_pipeline_is_told_of_itself_is_part_of_the_identity(tiny_sdxl: str) -> None:
+    changed = backbones.load_pipeline(tiny_sdxl)
+    assert generator(changed).identity()["settings"] == {"force_zeros_for_empty_prompt": True}
+    changed.register_to_config(force_zeros_for_empty_prompt=False)
+    assert generator(changed).identity()["settings"] == {"force_zeros_for_empty_prompt": False}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("pad_token", "!"), ("padding_side", "left"), ("truncation_side", "left")],
+)
+def test_what_fills_a_prompt_up_is_part_of_the_tokenizer(
+    tiny_model: Path, setting: str, value: str
+) -> None:
+    changed = backbones.load_pipeline(str(tiny_model))
+    changed.tokenizer(PROMPTS, padding="max_length", truncation=True)
+    before = component_hashes(changed)
+    setattr(changed.tokenizer, setting, value)
+    after = component_hashes(changed)
+    assert [key for key in before if before[key] != after[key]] == ["tokenizer"]
