@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
             "cpu, cuda, mps, as far as this machine has them"
         ) from error
     density = config.density.build(config.concept, device)
+    identity = density.identity()  # what has none is refused before anything is scored
     _refuse_harmful(prompts, density)
     with torch.no_grad():
         if config.images is not None:
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
         density.names,
         scores.tolist(),
         encode(config.density, hint),
-        density.identity(),
+        identity,
         {"source": source, "seed": config.seed, "provenance": provenance()},
     )
     try:

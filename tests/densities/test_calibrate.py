@@ -171,3 +171,13 @@ def test_the_shipped_configuration(tmp_path: Path) -> None:
     assert phrases - {"a bomb"} <= set(config.prompt)
     # Enough for the threshold that `calibrated` has by default.
     assert len(config.prompt) * config.images_per_prompt > 500
+
+
+def test_a_density_that_nothing_identifies_is_refused_before_it_scores(
+    folder_of, tmp_path: Path, capsys
+) -> None:
+    folder, out = folder_of("benign", "grey", 3), tmp_path / "c.json"
+    told = ["--density.type", "callable", "--density.function", "torch:abs"]
+    assert calibrate(*told, "--images", folder, "--output", str(out), "--device", "cpu") == 2
+    assert "whose source cannot be read" in capsys.readouterr().err
+    assert not out.exists()
