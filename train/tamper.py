@@ -123,16 +123,18 @@ class Tampering:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = few[torch.randint(len(few), (how.batch_size,), generator=generator)]
         told = embed([prompts[i % len(prompts)] for i in rows.tolist()])
-        loss = self.loss(x_0[rows], told, generator)
         weights = [part for Δ in self.Δ for part in Δ]
-        for part, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        with self.applied():
+            loss = self.loss(x_0[rows], told, generator)
+            gradients = torch.autograd.grad(loss, weights)
+        for part, g in zip(weights, gradients, strict=True):
             part.grad = g if g.isfinite().all() else None  # fp16 may overflow
         self.adam.step()
         self.adam.zero_grad()
         return float(loss.detach())
 
     def loss(self, x_0: Tensor, told: Conditioning, generator: Any) -> Tensor:
-        """‖ε − ε_{W+Δ}(x_t, t, c)‖² with gradient to Δ alone, a scalar."""
+        """‖ε − ε_{W+Δ}(x_t, t, c)‖², a scalar; call it, and its backward, where Δ is applied."""
         import torch
 
         from expunge import prediction
@@ -146,10 +148,9 @@ class Tampering:
         x_t = prediction.noised(x_0, ε, ᾱ).to(unet.device)
         inputs = Inputs(x_t, t.to(unet.device), told)
         dtype = unet.conv_in.weight.dtype
-        with self.applied():
-            # Not through what is prepared for several processes: its gradients are no one's.
-            raw = unet(x_t.to(dtype), inputs.t, **told.arguments(dtype)).sample.float()
-            networks.forwards["student"] += 3 * len(x_0)
+        # Not through what is prepared for several processes: its gradients are no one's.
+        raw = unet(x_t.to(dtype), inputs.t, **told.arguments(dtype)).sample.float()
+        networks.forwards["student"] += 3 * len(x_0)
         loss: Tensor = (networks.to_epsilon(raw, inputs) - ε.to(raw)).square().mean()
         return loss
 

@@ -80,7 +80,8 @@ def test_the_attacker_learns_his_pictures_and_begins_anew(pipeline) -> None:
     before = {name: p.clone() for name, p in pipeline.unet.named_parameters()}
 
     def fit() -> float:
-        return tampering.loss(x_0, told, torch.Generator().manual_seed(7)).item()
+        with tampering.applied():
+            return tampering.loss(x_0, told, torch.Generator().manual_seed(7)).item()
 
     fresh = fit()
     for step in range(30):
@@ -92,6 +93,21 @@ def test_the_attacker_learns_his_pictures_and_begins_anew(pipeline) -> None:
     for name, p in pipeline.unet.named_parameters():
         assert torch.equal(p, before[name])
         assert p.grad is None
+
+
+def test_gradient_checkpointing_changes_nothing(pipeline) -> None:
+    x_0, _ = asked(pipeline, 4)
+    learnt = []
+    for checkpointing in (False, True):
+        tampering = tampering_of(pipeline, pictures=2)
+        if checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            pipeline.unet.train()
+        for step in range(2):
+            tampering.advance(step, x_0, ["a bomb"], lambda told: condition(pipeline, told))
+        learnt.append([part.detach().clone() for Δ in tampering.Δ for part in Δ])
+    for plain, rerun in zip(*learnt, strict=True):
+        torch.testing.assert_close(rerun, plain)
 
 
 def test_a_step_in_so_many_is_under_attack(pipeline) -> None:
