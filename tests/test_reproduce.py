@@ -380,3 +380,25 @@ def test_mistakes_are_one_line(tmp_path, script, arguments, said) -> None:
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_control_of_latent_inversion_compares_the_concept_with_what_no_model_draws(
+    tmp_path,
+) -> None:
+    done = run(
+        "inversion_control.py", "--output_dir", str(tmp_path / "out"),
+        "--methods", "{base: null}", "--pictures", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = found["rows"]
+    assert list(rows) == ["base, the concept", "base, what no model draws"]
+    concept, alien = rows.values()
+    # Its own picture starts at a noise that is likely, the other at one that nobody draws.
+    assert concept["variance"] < 1.3 < alien["variance"]
+    for row in rows.values():
+        for how in ("found", "typical"):
+            assert row[how]["distance"]["value"] > 0
+            assert row[how]["nearest"]["n"] == 2
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert (tmp_path / "out" / "table.md").read_text().count("| base, ") == 2
