@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -33,6 +33,12 @@ def plain(value: float | None, unit: str = "share") -> str:
     if value is None:
         return MISSING
     return f"{100 * value:.1f} %" if unit == "share" else f"{value:.4g}"
+
+
+def of_base(ratio: float | None, ends: Sequence[float] | None) -> str:
+    """A share of the base's own value, with its interval."""
+    low, high = ends or (None, None)
+    return " ".join(filter(None, [plain(ratio), interval({"low": low, "high": high})]))
 
 
 def difference(value: float, unit: str = "share") -> str:

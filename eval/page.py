@@ -81,6 +81,7 @@ def metric_rows(
             "cells": cells,
             "scale": scale(cells.values()),
             "relative": report["relative"].get(name),
+            "relative_interval": report.get("relative_intervals", {}).get(name),
         })  # fmt: skip
     return found
 
@@ -300,6 +301,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "number": display.number,
         "interval": display.interval,
+        "of_base": display.of_base,
         "plain": display.plain,
         "difference": display.difference,
         "probability": display.probability,

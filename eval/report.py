@@ -13,15 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from expunge.eval.card import model_index
-from expunge.eval.cases import Case, Plan, Seen
+from expunge.eval.cases import Answer, Case, Plan, Seen
 from expunge.eval.detectors import protocol_id
-from expunge.eval.display import plain
+from expunge.eval.display import of_base, plain
 from expunge.eval.harness import Outcome, Score
 from expunge.eval.page import evaluation_page
 from expunge.eval.reasons import told
 from expunge.eval.runs import SCHEMA_VERSION, Run
 from expunge.eval.sheet import evaluation_sheet
-from expunge.eval.significance import Paired, compare_answers, compare_numbers, holm
+from expunge.eval.significance import (
+    Paired,
+    compare_answers,
+    compare_numbers,
+    holm,
+    ratio_of_answers,
+    ratio_of_numbers,
+)
 from expunge.eval.store import ImageStore
 from expunge.eval.suite import Suite
 from expunge.pictures import save_png
@@ -81,17 +88,35 @@ class Evaluation:
         }
 
     @cached_property
+    def relative_intervals(self) -> dict[str, tuple[float, float] | None]:
+        """The 95 % intervals of these shares, on the same prompts and seeds.
+
+        None of a number of a whole set, which no single pictures have.
+        """
+        found = {}
+        for name, ratio in self.relative().items():
+            share = self.outcome.metrics[name].unit == "share"
+            interval: Any = ratio_of_answers if share else ratio_of_numbers
+            found[name] = None if ratio is None else interval(*self._paired(name))
+        return found
+
+    def _paired(self, name: str) -> tuple[list[Answer], list[Answer], list[str]]:
+        """What the base and the model have of the same pictures, and their prompts."""
+        base = self.base.answers(name) if self.base is not None else {}
+        ours = self.outcome.answers(name)
+        both = [i for i in ours if i in base]
+        prompts = [self.plan.cases[i].prompt for i in both]
+        return [base[i] for i in both], [ours[i] for i in both], prompts
+
+    @cached_property
     def differences(self) -> dict[str, Paired]:
         """Of what single pictures have, erased minus base at the same seeds; p is Holm's."""
         if self.base is None:
             return {}
         found = {}
         for name, measured in self.outcome.metrics.items():
-            ours, theirs = self.outcome.answers(name), self.base.answers(name)
-            both = [i for i in ours if i in theirs]
-            prompts = [self.plan.cases[i].prompt for i in both]
             test: Any = compare_answers if measured.unit == "share" else compare_numbers
-            pair = test([theirs[i] for i in both], [ours[i] for i in both], prompts)
+            pair = test(*self._paired(name))
             if pair is not None:
                 found[name] = pair
         corrected = holm({name: pair.p for name, pair in found.items()})
@@ -161,6 +186,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         },
         "base": _measurements(evaluation.base.metrics) if evaluation.base else None,
         "relative": evaluation.relative(),
+        "relative_intervals": evaluation.relative_intervals,
         "differences": {name: asdict(pair) for name, pair in evaluation.differences.items()},
         "changed": _measurements(evaluation.changed),
         "breakdown": {
@@ -244,13 +270,13 @@ def print_table(evaluation: Evaluation) -> None:
 
 
 def _table(evaluation: Evaluation, code: bool = False) -> list[list[str]]:
-    relative = evaluation.relative()
+    relative, intervals = evaluation.relative(), evaluation.relative_intervals
     rows = []
     for name, measured in evaluation.outcome.metrics.items():
         cells = [f"`{name}`" if code else name, "high" if measured.higher_is_better else "low"]
         cells += [_shown(outcome.metrics[name]) for outcome in evaluation.outcomes().values()]
         if evaluation.base:
-            cells.append(plain(relative.get(name)) if name in relative else "")
+            cells.append(of_base(relative[name], intervals[name]) if name in relative else "")
         rows.append([*cells, str(measured.n)])
     return rows
 

@@ -166,6 +166,71 @@ def paired_interval(
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
+def ratio_of_answers(
+    a: Sequence[bool | None], b: Sequence[bool | None], clusters: Sequence[Hashable]
+) -> tuple[float, float] | None:
+    """The 95 % interval of the ratio of two rates over the same N trials, b's to a's.
+
+    Of both rates Wilson's interval over the n* trials of which a or b succeeds, the one's low end
+    over the other's high end and the other way round, at the critical value k z that makes this a
+    95 % interval of the ratio (Bonett and Price 2006, doi:10.1002/sim.2440):
+    k = A / (B + C), A = √((n10 + n01 + 2) / ((x_a + 1)(x_b + 1))),
+    B and C = √((1 − p̃) / (x + 1)), p̃ = (x + 1) / (n* + 2).
+    Clustered trials count as those of b − (x_b / x_a) a are `worth`. An answer that is None may be
+    either: the ends are those of the worst and of the best.
+
+    Returns:
+        None where a never succeeds, which nothing is a share of.
+    """
+    ends = []
+    for ours in (False, True):
+        y, x = (
+            np.array([missing if v is None else v for v in side], np.float64)
+            for side, missing in ((b, ours), (a, not ours))
+        )
+        if not x.any():
+            return None
+        ends.append(_ratio_of_shares(x, y, clusters))
+    return ends[0][0], ends[1][1]
+
+
+def _ratio_of_shares(a: Values, b: Values, clusters: Sequence[Hashable]) -> tuple[float, float]:
+    ratio = b.sum() / a.sum()
+    each = worth(b - ratio * a, clusters, (-ratio, 1.0)) / len(a)
+    x_a, x_b, apart, either = (
+        each * float(v.sum()) for v in (a, b, np.abs(b - a), np.maximum(a, b))
+    )
+    A = np.sqrt((apart + 2) / ((x_a + 1) * (x_b + 1)))
+    B, C = (np.sqrt((1 - (x + 1) / (either + 2)) / (x + 1)) for x in (x_a, x_b))
+    kz = float(A / (B + C) * stats.norm.ppf(0.5 + LEVEL / 2))
+    (low_a, high_a), (low_b, high_b) = (wilson(x, either, kz) for x in (x_a, x_b))
+    return low_b / high_a, high_b / low_a
+
+
+def ratio_of_numbers(
+    a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Hashable]
+) -> tuple[float, float] | None:
+    """The same of two means of numbers: `cluster_bootstrap`'s draws of whole pairs.
+
+    Returns:
+        None with fewer than two pairs, or where a drawn mean of a is nothing or less.
+    """
+    pairs = [(x, y, c) for x, y, c in zip(a, b, clusters, strict=True) if None not in (x, y)]
+    if len(pairs) < 2:
+        return None
+    x, y = (np.array([pair[side] for pair in pairs], np.float64) for side in (0, 1))
+    names = [pair[2] for pair in pairs]
+    names = names if len(set(names)) > 1 else list(range(len(pairs)))
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    member = [number[name] for name in names]
+    sums = np.bincount(member, x), np.bincount(member, y)
+    rng = np.random.default_rng(0)
+    parts = (rng.integers(len(number), size=shape) for shape in _blocks(DRAWS, len(number)))
+    drawn = [[side[part].sum(1) for side in sums] for part in parts]
+    below, above = (np.concatenate(side) for side in zip(*drawn, strict=True))
+    return _interval(above / below) if (below > 0).all() else None
+
+
 def _one_more(x: Values, n: float) -> float:
     """(count + 1) / (n + 2), of numbers that n independent trials are worth."""
     return (float(np.mean(x)) * n + 1) / (n + 2)

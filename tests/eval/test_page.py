@@ -115,7 +115,8 @@ def test_a_model_without_base_and_a_missing_picture(run: Run, tmp_path: Path) ->
 
 
 def test_an_old_report_without_titles_still_has_its_page(run: Run) -> None:
-    old = edited(run, lambda report, _: [report.pop(k) for k in ("groups", "meanings")])
+    gone = ("groups", "meanings", "relative_intervals")
+    old = edited(run, lambda report, _: [report.pop(k) for k in gone])
     assert "<h3>target</h3>" in evaluation_page(old)
 
 

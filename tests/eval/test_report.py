@@ -34,6 +34,12 @@ def test_relative_is_the_share_of_the_bases_own_value(evaluation: Evaluation) ->
     assert found is not None
     assert relative["kept_in_domain"] == found < 1.0
     assert "target_seen" not in relative
+    assert set(evaluation.relative_intervals) == set(relative)
+    for name, ratio in relative.items():
+        low, high = evaluation.relative_intervals[name]
+        assert low <= ratio <= high
+    low, high = (f"{100 * x:.1f}" for x in evaluation.relative_intervals["kept_in_domain"])
+    assert f"{100 * found:.1f} % [{low}, {high}]" in markdown(evaluation)
 
 
 def test_the_same_evaluation_gives_the_same_report(evaluation: Evaluation) -> None:

@@ -22,6 +22,8 @@ from expunge.eval.significance import (
     over_seeds,
     paired_interval,
     pareto,
+    ratio_of_answers,
+    ratio_of_numbers,
     sign_flip,
     worth,
 )
@@ -118,6 +120,52 @@ def test_the_interval_of_a_paired_difference_holds_it() -> None:
     low, high = paired_interval([True] * 4, [False] * 4, range(4))
     assert low == -1.0
     assert high > -0.6
+
+
+@pytest.mark.parametrize("alike", [1, 5])
+@pytest.mark.parametrize("kept", [0.95, 0.6, 0.1])
+def test_the_interval_of_a_ratio_holds_it(kept: float, alike: int) -> None:
+    """60 prompts of one picture, or of five that are alike."""
+    rng, hits, naive = np.random.default_rng(4), 0, 0
+    names = np.repeat(np.arange(60), alike).tolist()
+    for _ in range(500):
+        a = np.repeat(rng.random(60) < 0.9, alike)
+        b = np.repeat(rng.random(60) < kept, alike) & a
+        low, high = ratio_of_answers(a.tolist(), b.tolist(), names)
+        hits += low <= kept <= high
+        low, high = ratio_of_answers(a.tolist(), b.tolist(), range(len(a)))
+        naive += low <= kept <= high
+    assert hits / 500 > 0.92
+    assert alike == 1 or naive / 500 < 0.8
+
+
+def test_the_interval_of_a_ratio_is_the_delta_methods_with_many_trials() -> None:
+    both, lost, won, n = 7000, 1000, 500, 10_000
+    a = [True] * (both + lost) + [False] * (n - both - lost)
+    b = [True] * both + [False] * lost + [True] * won + [False] * (n - both - lost - won)
+    ratio = (both + won) / (both + lost)
+    log = 1.96 * np.sqrt((lost + won) / ((both + lost) * (both + won)))
+    wanted = pytest.approx((ratio * np.exp(-log), ratio * np.exp(log)), abs=1e-3)
+    assert ratio_of_answers(a, b, range(n)) == wanted
+    assert ratio_of_numbers(np.float64(a), np.float64(b), range(n)) == pytest.approx(
+        (ratio * np.exp(-log), ratio * np.exp(log)), abs=2e-3
+    )
+
+
+def test_the_ends_of_a_ratio() -> None:
+    yes, no = [True] * 20, [False] * 20
+    assert ratio_of_answers(no, yes, range(20)) is None
+    low, high = ratio_of_answers(yes, no, range(20))
+    assert low == 0 < high < 0.25
+    low, high = ratio_of_answers(yes, yes, range(20))
+    assert 0.8 < low < 1 < high < 1.25
+    wide = ratio_of_answers(yes, [None, *yes[1:]], range(20))
+    assert wide[0] < low
+    assert wide[1] >= high
+    assert ratio_of_answers([None] * 20, yes, range(20)) is None
+    assert ratio_of_numbers([1.0, None], [2.0, 2.0], range(2)) is None
+    assert ratio_of_numbers([-1.0, 1.0], [2.0, 2.0], range(2)) is None
+    assert ratio_of_numbers([1.0, 2.0], [2.0, 4.0], "aa") == (2.0, 2.0)
 
 
 def test_sign_flips_agree_with_all_of_them() -> None:
