@@ -80,10 +80,16 @@ def metric_rows(
             "unit": first.get("unit", "share"),
             "cells": cells,
             "scale": scale(cells.values()),
-            "relative": report["relative"].get(name),
-            "relative_interval": report.get("relative_intervals", {}).get(name),
+            "relative": _of_base(report, name),
         })  # fmt: skip
     return found
+
+
+def _of_base(report: Mapping[str, Any], name: str) -> dict[str, float | None] | None:
+    """What is kept of the base's own; reports of before have no interval."""
+    value = report["relative"].get(name)
+    low, high = report.get("relative_intervals", {}).get(name) or (None, None)
+    return None if value is None else {"value": value, "low": low, "high": high}
 
 
 def breakdowns(report: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
@@ -301,7 +307,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "number": display.number,
         "interval": display.interval,
-        "of_base": display.of_base,
         "plain": display.plain,
         "difference": display.difference,
         "probability": display.probability,
