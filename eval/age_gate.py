@@ -29,14 +29,14 @@ _WORDS = """
 # The beginning of a word, whatever follows: "childlike", "teenaged", "lolita", "schoolgirl".
 _BEGINNINGS = """
     adolesc babygirl babyboy child daughter infantil kindergart loli nymphet paedo pedo pubesc
-    school teen toddler underage under-age underdeveloped youngster
+    teen toddler underage under-age underdeveloped youngster
 """
 
 # Anywhere in a word, so that no glued one passes: "stepchildren", "innocentschoolgirl".
 _PARTS = """
-    adolescen children childhood daughter kindergarten littlegirl littleboy lolicon lolita preschool
-    preteen pubesc schoolboy schoolchild schoolgirl schoolkid teenage teengirl teenboy toddler
-    underage younggirl youngboy
+    adolescen children childhood colegial collegien daughter ecolier kindergarten littlegirl
+    littleboy lolicon lolita lyceen minderjahr minorenn preteen pubesc school schulerin schulkind
+    schulmad teenage teengirl teenboy toddler underage younggirl youngboy
 """
 
 # In scripts without word boundaries, or with endings that change.
@@ -60,11 +60,17 @@ _AGES = re.compile(
             # "12 year old", "12yo", "twelve-years-old"
             rf"\b{_AGE.format(name='before')}{_SEPARATOR}{_YEARS}(?:\b|old|girl|boy)",
             # "aged 12", "age: twelve", "at the age of 12"
-            rf"\b(?:aged?|ages|age of|turning|turns){_SEPARATOR}{_AGE.format(name='after')}\b",
+            rf"\b(?:aged?|ages|age of|turning|turns){_SEPARATOR}(?:between|from|about|around|only)?"
+            rf"{_SEPARATOR}{_AGE.format(name='after')}\b",
             # "under 18", "below the age of 16"
             rf"\b(?:under|below|less than){_SEPARATOR}(?:the age of )?(?P<below>1?\d|eighteen)\b",
         ]
     )
+)
+# "9th grade", "tenth grade": whoever is in one is young.
+_GRADES = re.compile(
+    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|"
+    rf"tenth|eleventh|twelfth){_SEPARATOR}grade"
 )
 # Of these, any number of them is young.
 _MONTHS = re.compile(r"\b\w+[\W_]*(?:months?|weeks?|days?)[\W_]*olds?\b")
@@ -125,7 +131,7 @@ def refuses(prompt: str, sexual: bool) -> bool:
 
 
 def _found(text: str) -> bool:
-    if _PATTERN.search(text) or _YOUNG.search(text) or _MONTHS.search(text):
+    if any(pattern.search(text) for pattern in (_PATTERN, _YOUNG, _MONTHS, _GRADES)):
         return True
     return any(part in text for part in _elsewhere()) or any(
         _young_age(match) for match in _AGES.finditer(text)

@@ -87,6 +87,17 @@ class Case:
     questions: tuple[Question, ...]
     sampling: Sampling = AS_SUITE
 
+    def told(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "group": self.group,
+            "about": ", ".join(self.about),
+            **self.sampling.given(),
+            "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in self.questions],
+        }
+
 
 @dataclass(frozen=True)
 class Tested:

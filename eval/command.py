@@ -99,12 +99,13 @@ def run(config: EvalConfig) -> dict[str, Any]:
     settings = _settings(config) | {
         "suite": suite.sha256(),
         "concept": list(plan.tested.texts),
-        "prompt list": sha256_json(
-            [[case.prompt, case.seed, case.sampling.given()] for case in plan.cases]
-        ),
+        "prompt list": sha256_json([case.told() for case in plan.cases]),
         "detector": panel.detector.protocol(),
         "judges": panel.protocols(),
     }
+    # The first process alone has opened them, and says whose the folder is.
+    if panel.metrics:
+        settings["metrics"] = {name: tally.protocol() for name, (_, tally) in panel.metrics.items()}
     refuse_another(config.output_dir, config.overwrite, settings, "evaluation")
     team = Team.join(config.device)
     with launch.together(team.size):

@@ -197,11 +197,17 @@ class CaseBuilder:
                 f"got the {target.kind} {target.name} for a suite with prompts that imply it; "
                 "allowed: objects, whose category says them; or another suite"
             )
-        word = self.words.category_phrases[self.words.category_of[target.name]]
+        category = self.words.category_of[target.name]
+        word = self.words.category_phrases[category]
+        # The word may bring any of those that are erased.
+        meant = Question("implied_target_seen", tuple(
+            f"object/{t.name}" for t in self.targets
+            if t.kind == "object" and self.words.category_of[t.name] == category
+        ))  # fmt: skip
         names = shuffled(self.others, f"implied/{target.name}")
 
         def make(k: int) -> Case:
-            asked = [self.asks_erased("implied_target_seen", target)]
+            asked = [meant]
             text = word
             if stable_hash(target.name, k, "beside") % 2:
                 beside = names[k % len(names)]

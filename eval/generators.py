@@ -6,6 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +19,9 @@ from expunge.generation import generate, picture_size
 
 CPU_PICTURES = 8
 CPU_PIXELS = 2 * 512 * 512
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+# Rooms and modules with no part in a picture; what is in neither list may have one.
+ELSEWHERE = ("configs", "eval", "exporting", "feedback", "models", "train", "cli.py", "demo.py")
 
 
 class Generator(Protocol):
@@ -83,12 +89,13 @@ class PipelineGenerator:
             "width": width,
             "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
             "device": pipeline.unet.device.type,
+            "software": software(guarded=self._alone),
         }
         if self._cpu:
             self._identity["arithmetic"] = {"batch": self.shape(AS_SUITE), "threads": threads}
 
     def identity(self) -> dict[str, Any]:
-        """Hashes of all components, settings, adapters, sampler, steps, guidance, size, device."""
+        """Hashes of components and software, settings, adapters, sampler, steps, guidance, size."""
         return dict(self._identity)
 
     def shape(self, sampling: Sampling) -> int:
@@ -130,6 +137,33 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def software(guarded: bool) -> dict[str, str]:
+    """What computes: the libraries' versions and, of a sampler of ours, the hash of its source.
+
+    A correction of a sampler then never finds the pictures of before.
+    """
+    found = {name: torch.__version__ if name == "torch" else version(name) for name in LIBRARIES}
+    if not guarded:
+        return found
+    digest = hashlib.sha256()
+    for file, name in _sources():
+        digest.update(f"{name}\n".encode() + file.read_bytes())
+    return found | {"expunge": digest.hexdigest()}
+
+
+def _sources() -> list[tuple[Path, str]]:
+    """Our modules that may have a part in a picture: the samplers and the trunk."""
+    import expunge.sampling
+
+    # In a clone the rooms lie beside the trunk, in an installation within it.
+    trunk, room = (Path(package.__path__[0]) for package in (expunge, expunge.sampling))
+    own = {file.relative_to(trunk): file for file in trunk.rglob("*.py")}
+    own = {name: f for name, f in own.items() if name.parts[0] not in (*ELSEWHERE, "sampling")}
+    own |= {"sampling" / file.relative_to(room): file for file in room.rglob("*.py")}
+    return [(own[name], name.as_posix()) for name in sorted(own)]
 
 
 def component_hashes(pipeline: Any) -> dict[str, str]:

@@ -300,7 +300,7 @@ def look(
         The measurement; the places that are unknown, with the reason of each: what raises is
         unknown, picture by picture; and what each picture contributes, as `Outcome.values`.
     """
-    theirs = [score.picture for score in base.scores] if base else None
+    theirs = [score.picture for score in base.scores] if base and tally.compares else None
     by_size: dict[tuple[int, ...], list[int]] = {}
     failed: dict[int, str] = {}
     for i in places:

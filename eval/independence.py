@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.clip import EYE
 from expunge.densities.base import clips_of
 from expunge.errors import UserError
 
@@ -48,7 +49,12 @@ def _tells(about: Mapping[str, Any]) -> bool:
     """Whether a LoRA, and each that was merged into it, says what guided its training.
 
     Only what a density guided has `clips`; of a density without, such as a function of the user's,
-    nobody knows.
+    nobody knows, nor of what was trained when CLIPs were known by other hashes.
     """
     parts = about.get("merged_from", [about])
-    return all("clips" in x or x.get("objective", "density") != "density" for x in parts)
+    return all(
+        all(clip.startswith(EYE) for clip in x["clips"])
+        if "clips" in x
+        else x.get("objective", "density") != "density"
+        for x in parts
+    )

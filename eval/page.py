@@ -176,7 +176,7 @@ def gallery(
         stores: Where each model's pictures are.
     """
     higher = {name: m["higher_is_better"] for name, m in report["metrics"].items()}
-    titles = report.get("groups", {})
+    titles, sexual = report.get("groups", {}), report.get("sexual", False)
     names = [group for group in titles if any(row["group"] == group for row, _ in rows)]
     names += [g for g in dict.fromkeys(row["group"] for row, _ in rows) if g not in names]
     allowed = max(1, PICTURES // max(1, len(stores) * len(names)))
@@ -187,7 +187,7 @@ def gallery(
         cases = []
         for i in _chosen(rows, places, higher, allowed):
             row, scored = rows[i]
-            cases.append(_case(i, row, scored, higher, stores, bytes_each))
+            cases.append(_case(i, row, scored, higher, stores, bytes_each, sexual))
             details[i] = _details(row, scored)
         shown += len(cases)
         groups.append({
@@ -212,9 +212,15 @@ def verdict(answers: Mapping[str, bool | None], higher: Mapping[str, bool]) -> s
     return WANTED if answers else UNASKED
 
 
-def flagged(answers: Mapping[str, bool | None], higher: Mapping[str, bool]) -> bool:
-    """Whether a picture shows what should be gone, or may: it stays blurred until one asks."""
-    return any(answer is not False for name, answer in answers.items() if not higher[name])
+def flagged(
+    answers: Mapping[str, bool | None], higher: Mapping[str, bool], sexual: bool = False
+) -> bool:
+    """Whether a picture shows what should be gone, or may: it stays blurred until one asks.
+
+    Where prompts may be sexual, a picture that nobody was asked about may show anything.
+    """
+    shown = [answer is not False for name, answer in answers.items() if not higher[name]]
+    return any(shown) or (sexual and not shown)
 
 
 def _chosen(
@@ -246,6 +252,7 @@ def _case(
     higher: Mapping[str, bool],
     stores: Mapping[str, ImageStore],
     bytes_each: int,
+    sexual: bool,
 ) -> dict[str, Any]:
     pictures = []
     for model, score in scored.items():
@@ -256,7 +263,7 @@ def _case(
             "source": None if pixels is None else data_uri(pixels, bytes_each),
             "size": None if pixels is None else (pixels.shape[1], pixels.shape[0]),
             "verdict": verdict(answers, higher),
-            "flagged": flagged(answers, higher),
+            "flagged": flagged(answers, higher, sexual),
         })  # fmt: skip
     failed = [p["model"] for p in pictures if p["verdict"] in FAILED]
     unknown = [p["model"] for p in pictures if p["verdict"] == UNKNOWN]
@@ -272,7 +279,7 @@ def _details(row: Row, scored: Mapping[str, Scored]) -> dict[str, Any]:
     ]
     return {
         "prompt": row["prompt"],
-        "seed": row["seed"],
+        "seed": str(row["seed"]),  # a browser's numbers end at 2^53
         "group": row["group"],
         "about": row["about"],
         "sampling": {key: row[key] for key in SAMPLING if key in row},

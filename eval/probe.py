@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expunge.errors import UserError
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -62,6 +64,12 @@ class Watch:
         self.suite = load_suite(how.suite)
         self.cases = self.suite.plan(list(targets), how.limit).cases
         self.counters = self.suite.counters()
+        asked = {q.metric for case in self.cases for q in case.questions}
+        if all(self.counters[name].higher_is_better for name in asked):
+            raise UserError(
+                f"got probe.suite {how.suite}, which does not ask whether the concept is gone; "
+                "allowed: a suite with a counter of which lower is better; choose another"
+            )
         self.detector = self.suite.detector.open()
         self.base = self()
 

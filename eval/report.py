@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expunge.eval.card import model_index
-from expunge.eval.cases import Answer, Case, Plan, Seen
+from expunge.eval.cases import Answer, Plan, Seen
 from expunge.eval.detectors import protocol_id
 from expunge.eval.display import of_base, plain
 from expunge.eval.harness import Outcome, Score
@@ -171,11 +171,12 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "suite": suite.name,
         "version": suite.version,
         "suite_sha256": suite.sha256(),
-        "prompts_sha256": sha256_json([_case(case) for case in plan.cases]),
+        "prompts_sha256": sha256_json([case.told() for case in plan.cases]),
         "sources": dict(plan.sources),
         "unchecked": list(plan.unchecked),
         "excluded": dict(plan.excluded),
         "smoke": evaluation.smoke,
+        "sexual": suite.prompts.sexual,
         "title": evaluation.title,
         "concept": {"texts": list(plan.tested.texts), "labels": list(plan.tested.labels)},
         "groups": dict(suite.groups),
@@ -337,19 +338,8 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
             failed = {name: why[i] for name, why in outcome.failures.items() if i in why}
             if failed:
                 models[model]["metric_errors"] = failed
-        rows.append(_case(case) | models)
+        rows.append(case.told() | models)
     return {"schema_version": SCHEMA_VERSION, "rows": rows}
-
-
-def _case(case: Case) -> dict[str, Any]:
-    return {
-        "prompt": case.prompt,
-        "seed": case.seed,
-        "group": case.group,
-        "about": ", ".join(case.about),
-        **case.sampling.given(),
-        "expected": [{"metric": q.metric, q.need: list(q.labels)} for q in case.questions],
-    }
 
 
 def _score(score: Score) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _cell(evaluation: Evaluation, scored: Mapping[str, Any], store: ImageStore) 
         store.read(scored["picture"]),
         {WANTED: True, UNWANTED: False}.get(said),
         asked=said != UNASKED,
-        blurred=evaluation.suite.prompts.sexual and flagged(answers, higher),
+        blurred=evaluation.suite.prompts.sexual and flagged(answers, higher, sexual=True),
     )
 
 

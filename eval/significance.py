@@ -6,8 +6,9 @@ seed, so that a report says the same twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,50 +20,66 @@ DRAWS = 2000
 LEVEL = 0.95
 # Numbers drawn at once: ten thousand draws of ten thousand prompts would be gigabytes.
 AT_ONCE = 1_000_000
+FEW = 20
 Values = NDArray[np.float64]
 
 
-def cluster_bootstrap(
+def mean_interval(
     values: Sequence[float],
     clusters: Sequence[Hashable],
-    statistic: Callable[[Values], float] | None = None,
     *,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic when whole clusters are drawn with replacement.
+    """The 95 % interval of the mean of numbers that come in clusters.
 
     Several pictures of one prompt are no independent trials; drawing prompts instead of pictures
-    keeps an interval's coverage (Cameron, Gelbach, Miller 2008, doi:10.1162/rest.90.3.414).
+    keeps an interval's coverage: the percentile bootstrap of whole clusters (Cameron, Gelbach,
+    Miller 2008, doi:10.1162/rest.90.3.414). With fewer than `FEW`, of which the bootstrap holds too
+    little (of three the truth in 7 of 10 cases), Student's t of their sums instead,
+    x̄ ± t_{C−1} √(C / (C − 1) Σ_c (s_c − n_c x̄)²) / N (Cochran 1977, Sampling Techniques,
+    chapter 6).
 
     Args:
         values: N numbers.
-        clusters: Which cluster each belongs to, usually its prompt.
-        statistic: Of numbers; default: their mean.
+        clusters: Which of two or more clusters each belongs to, usually its prompt.
         draws: Bootstrap samples.
         seed: Decides them.
 
     Raises:
-        ValueError: No value, or lengths that differ.
+        ValueError: Lengths that differ, or fewer than two clusters.
     """
-    if not len(values) or len(values) != len(clusters):
-        raise ValueError(f"got {len(values)} values in {len(clusters)} clusters")
-    x = np.asarray(values, np.float64)
+    if len(values) != len(clusters) or len(set(clusters)) < 2:
+        raise ValueError(f"got {len(values)} values in {len(set(clusters))} clusters")
+    member, x = _member(clusters), np.asarray(values, np.float64)
+    found = _ratio_of_sums(np.bincount(member, x), np.bincount(member), draws, seed)
+    assert found is not None  # no cluster is empty
+    return found
+
+
+def _member(clusters: Sequence[Hashable]) -> list[int]:
+    """The number of each one's cluster."""
     number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    member = np.array([number[name] for name in clusters])
+    return [number[name] for name in clusters]
+
+
+def _ratio_of_sums(
+    above: Values, below: NDArray[Any], draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float] | None:
+    """Of Σ_c above_c / Σ_c below_c over C clusters; None where what is below is not above 0."""
+    C = len(below)
+    if C < FEW:
+        if not (below > 0).all():
+            return None
+        ratio = above.sum() / below.sum()
+        error = np.sqrt(C / (C - 1) * ((above - ratio * below) ** 2).sum()) / below.sum()
+        half = stats.t.ppf(0.5 + LEVEL / 2, C - 1) * error
+        return float(ratio - half), float(ratio + half)
     rng = np.random.default_rng(seed)
-    if statistic is None:
-        # A mean over drawn clusters is a ratio of two sums, so that no sample has to be made.
-        sums, sizes = np.bincount(member, x), np.bincount(member)
-        parts = (rng.integers(len(number), size=shape) for shape in _blocks(draws, len(number)))
-        found = np.concatenate([sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in parts])
-    else:
-        rows = [np.flatnonzero(member == i) for i in range(len(number))]
-        found = np.array([
-            statistic(x[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])])
-            for _ in range(draws)
-        ])  # fmt: skip
-    return _interval(found)
+    parts = (rng.integers(C, size=shape) for shape in _blocks(draws, C))
+    drawn = [[side[part].sum(1) for side in (above, below)] for part in parts]
+    top, bottom = (np.concatenate(side) for side in zip(*drawn, strict=True))
+    return _interval(top / bottom) if (bottom > 0).all() else None
 
 
 def clustered_wilson(
@@ -98,12 +115,11 @@ def worth(
         clusters: Which cluster each belongs to.
         ends: The least and the most that a number can be.
     """
-    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     n, added = len(values), np.array(ends)
-    if n == len(number):
+    C = len(set(clusters))
+    if n == C:
         return n
-    size = n / len(number)
-    member = [number[name] for name in clusters]
+    size, member = n / C, _member(clusters)
     sums = np.append(np.bincount(member, values), added * size)
     sizes = np.append(np.bincount(member), [size, size])
     mean = sums.sum() / sizes.sum()
@@ -210,25 +226,19 @@ def _ratio_of_shares(a: Values, b: Values, clusters: Sequence[Hashable]) -> tupl
 def ratio_of_numbers(
     a: Sequence[float | None], b: Sequence[float | None], clusters: Sequence[Hashable]
 ) -> tuple[float, float] | None:
-    """The same of two means of numbers: `cluster_bootstrap`'s draws of whole pairs.
+    """The same of two means of numbers, as `mean_interval` of whole pairs.
 
     Returns:
-        None with fewer than two pairs, or where a drawn mean of a is nothing or less.
+        None with fewer than two pairs, or where a mean of a that is drawn, or with few clusters
+        that of any, is nothing or less.
     """
     pairs = [(x, y, c) for x, y, c in zip(a, b, clusters, strict=True) if None not in (x, y)]
     if len(pairs) < 2:
         return None
     x, y = (np.array([pair[side] for pair in pairs], np.float64) for side in (0, 1))
     names = [pair[2] for pair in pairs]
-    names = names if len(set(names)) > 1 else list(range(len(pairs)))
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    member = [number[name] for name in names]
-    sums = np.bincount(member, x), np.bincount(member, y)
-    rng = np.random.default_rng(0)
-    parts = (rng.integers(len(number), size=shape) for shape in _blocks(DRAWS, len(number)))
-    drawn = [[side[part].sum(1) for side in sums] for part in parts]
-    below, above = (np.concatenate(side) for side in zip(*drawn, strict=True))
-    return _interval(above / below) if (below > 0).all() else None
+    member = _member(names if len(set(names)) > 1 else range(len(pairs)))
+    return _ratio_of_sums(np.bincount(member, y), np.bincount(member, x))
 
 
 def _one_more(x: Values, n: float) -> float:
@@ -249,8 +259,7 @@ def sign_flip(
     p = (1 + #{|Σ s_c D_c| ≥ |Σ D_c|}) / (1 + draws), D_c the sum of b − a over cluster c, s_c = ±1.
     """
     difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
-    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    D = np.bincount([number[name] for name in clusters], difference)
+    D = np.bincount(_member(clusters), difference)
     # What is equal but for rounding counts as at least as far.
     least = abs(D.sum()) * (1 - 1e-12)
     if least == 0:
@@ -343,7 +352,7 @@ def compare_numbers(
 ) -> Paired | None:
     """The same where each picture has a number, such as its CLIP score: the paired bootstrap.
 
-    The interval is `cluster_bootstrap`'s of the mean of b − a: prompts are drawn, and with each all
+    The interval is `mean_interval`'s of the mean of b − a: prompts are drawn, and with each all
     its pairs (Efron and Tibshirani 1993, An Introduction to the Bootstrap). p is `sign_flip`'s: a
     permutation test keeps its level with few prompts, the data themselves being one of its draws
     (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585). Of a single prompt, pictures are drawn and
@@ -358,7 +367,7 @@ def compare_numbers(
     x, y = (np.array([side[i] for i in kept], np.float64) for side in (a, b))
     names = [clusters[i] for i in kept]
     names = names if len(set(names)) > 1 else list(range(len(kept)))
-    low, high = cluster_bootstrap((y - x).tolist(), names)
+    low, high = mean_interval((y - x).tolist(), names)
     p = sign_flip(x.tolist(), y.tolist(), names)
     return Paired(float((y - x).mean()), low, high, p, len(kept))
 

@@ -88,6 +88,14 @@ class Suite:
         default_factory=dict, metadata={"help": "second opinions: name -> detector and questions"}
     )
 
+    def __post_init__(self) -> None:
+        for name in (*self.metrics, *self.judges):
+            if "@" in name:
+                raise ValueError(
+                    f"got the name {name!r}; allowed: names of metrics and judges without @, which "
+                    "stands between the two"
+                )
+
     def plan(self, concept: list[str], limit: int | None = None) -> Plan:
         """The cases for a concept given as texts, at most ``limit`` per group.
 

@@ -18,6 +18,8 @@ from expunge.errors import UserError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+EYE = "eye:"
+_TEXT = "A photo of 2 Bombs, naïve & half-hidden."  # words, capitals, digits, accents, signs
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 _ALLOWED = (
@@ -168,13 +170,34 @@ class Clip:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights and of the preprocessing: wherever it came from, what it is."""
-        own = (self.size, self.mean, self.std, self._interpolation)
+        """Hash of all that its vectors depend on: wherever it came from, what it is.
+
+        Weights and preprocessing, and what has no weights: which GELU, how many heads, what the
+        tokenizer makes of a text.
+        """
+        layers = list(self.model.modules())
+        own = (
+            (self.size, self.mean, self.std, self._interpolation),
+            sorted({type(layer).__name__ for layer in layers if not any(layer.children())}),
+            [layer.num_heads for layer in layers if hasattr(layer, "num_heads")],
+            self._tokenize and self._tokenize([_TEXT]).tolist(),
+        )
         digest = hashlib.sha256(repr(own).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def eye(self) -> str:
+        """By what it is known wherever it sees: the hash of the weights that read the pixels.
+
+        However its pictures are prepared and its later layers are laid out, tuned or cut, it is the
+        same CLIP that a gradient would please.
+        """
+        visual = getattr(self.model, "visual", self.model)
+        reads = next(p for p in visual.parameters() if p.ndim == 4 and p.shape[1] == 3)
+        return EYE + hashlib.sha256(reads.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def load_clip(name: str, device: Any = "cpu", thesis_compat: bool = False) -> Clip:

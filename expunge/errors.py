@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-class ProcessLost(Exception):
+class ProcessLost(BaseException):
     """Another process of the same run has ended; the command line exits with status 1."""
 
 

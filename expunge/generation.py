@@ -1,6 +1,7 @@
 """Plain sampling, reproducible by (prompt, seed) whatever the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,25 @@ def pictures_at_once(pipeline: Any) -> int:
     """How many pictures of the model's own size a batch holds."""
     height, width = picture_size(pipeline)
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+
+
+@contextmanager
+def finite_pictures(pipeline: Any) -> Iterator[None]:
+    """Inside, a decoder that gives NaN or infinities raises: the pipeline would clamp the latter.
+
+    Raises:
+        FloatingPointError: It did.
+    """
+
+    def check(module: Any, inputs: Any, images: Any) -> None:
+        if not torch.isfinite(images[0] if isinstance(images, tuple) else images).all():
+            raise FloatingPointError("the model made pictures that hold NaN or infinite values")
+
+    handle = pipeline.vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -49,24 +69,21 @@ def generate(
         size: (H, W); default: the model's own.
 
     Raises:
-        FloatingPointError: A picture holds NaN.
+        FloatingPointError: A picture holds NaN or infinities.
     """
     at_once = batch_size or pictures_at_once(pipeline)
     given = {} if size is None else {"height": size[0], "width": size[1]}
     parts = []
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        images = pipeline(
-            list(prompts[part]),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            output_type="pt",
-            **given,
-        ).images
+        with finite_pictures(pipeline):
+            images = pipeline(
+                list(prompts[part]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="pt",
+                **given,
+            ).images
         parts.append(images.float().cpu() * 2 - 1)
-    pictures = torch.cat(parts)
-    # The pipeline clamps infinities away; only NaN gets here.
-    if not torch.isfinite(pictures).all():
-        raise FloatingPointError("the model produced NaN pictures")
-    return pictures
+    return torch.cat(parts)

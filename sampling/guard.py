@@ -325,7 +325,7 @@ def require_sight(density: HarmDensity, pipeline: Any) -> None:
 
     side = pipeline.unet.config.sample_size
     side = min(side if isinstance(side, (list, tuple)) else [side]) * vae_factor(pipeline.vae)
-    if side > LARGEST_ICON and load_clip("emoji").sha256 in json.dumps(density.identity()):
+    if side > LARGEST_ICON and load_clip("emoji").eye in json.dumps(density.identity()):
         raise UserError(
             f"got the emoji guide, which knows icons of 64 pixels, for a model of {side}; allowed: "
             "a CLIP of such pictures; say clip ViT-B-16/openai (--sampler.density.clip)"

@@ -49,6 +49,27 @@ def test_the_thesis_normalises_as_for_imagenet(clip: Clip, tiny_clip: str) -> No
     assert (thesis.mean, thesis.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert not torch.allclose(thesis.encode_images(pictures()), clip.encode_images(pictures()))
     assert thesis.sha256 != clip.sha256
+    assert thesis.eye == clip.eye
+
+
+def test_what_has_no_weights_is_part_of_its_hash_and_none_of_its_eye(
+    clip: Clip, tiny_clip: str, tmp_path
+) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "other")
+    table = json.loads((folder / "open_clip_config.json").read_text())
+    for changes in (
+        {"quick_gelu": True},
+        {"text_cfg": table["model_cfg"]["text_cfg"] | {"heads": 4}},
+    ):
+        changed = table | {"model_cfg": table["model_cfg"] | changes}
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        other = load_clip(str(folder))
+        assert not torch.equal(other.encode_texts(["a bomb"]), clip.encode_texts(["a bomb"]))
+        assert other.sha256 != clip.sha256
+        assert other.eye == clip.eye
+    assert load_clip(tiny_clip).sha256 == clip.sha256
+    other.model.visual.conv1.weight.data[0] += 1e-3
+    assert Clip("x", other.model, None, (32, 32), clip.mean, clip.std).eye != clip.eye
 
 
 def test_vectors_are_unit_and_float32_whatever_surrounds_them(clip: Clip) -> None:

@@ -39,6 +39,15 @@ def test_nan_is_an_error_and_not_a_black_picture(tiny_sd1) -> None:
         draw(pipeline, ["a bomb"], [0])
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinities_are_an_error_and_not_a_white_picture(tiny_sd1, value) -> None:
+    pipeline = backbones.load_pipeline(tiny_sd1)
+    pipeline.vae.decoder.conv_out.bias.data.fill_(value)
+    with pytest.raises(FloatingPointError, match="infinite"):
+        draw(pipeline, ["a bomb"], [0])
+    assert not pipeline.vae.decoder._forward_hooks
+
+
 def test_how_many_at_once_follows_from_their_size(tiny_sd1) -> None:
     pipeline = backbones.load_pipeline(tiny_sd1)
     counts = {}

@@ -45,7 +45,7 @@ class Progress:
         default_factory=lambda: {"teacher": 0, "student": 0, "sampling": 0}
     )
     sights: dict[str, int] = field(default_factory=lambda: {"looked": 0, "seen": 0})
-    clips: list[str] = field(default_factory=list)  # sha256 of those that a density sees through
+    clips: list[str] = field(default_factory=list)  # the eyes that a density sees through
     base: str | None = None  # identity of the model that is erased from
     batch: tuple[int, int] = (0, 0)  # erased and retained samples of a step, over all processes
     probes: dict[str, dict[str, float]] = field(default_factory=dict)  # step -> rates

@@ -23,6 +23,7 @@ from expunge.eval.judging import AT_ONCE, observe
 from expunge.eval.production import to_pixels, to_tensor
 from expunge.eval.reasons import MISSING, reason
 from expunge.eval.store import ImageStore, Pixels
+from expunge.generation import finite_pictures
 
 ROUNDS = 4
 SENTENCES = ("{}", "a picture of {}")
@@ -299,7 +300,9 @@ class Arena:
         noise = [trial.noise for trial in trials if trial.noise is not None]
         try:
             if noise:
-                return list(to_pixels(self._from_noise(prompts, torch.stack(noise), sampling)))
+                return list(
+                    to_pixels(self._from_noise(prompts, torch.stack(noise), seeds, sampling))
+                )
             return list(to_pixels(generator.generate(prompts, seeds, sampling)))
         except FloatingPointError as error:
             if len(trials) == 1:
@@ -308,15 +311,21 @@ class Arena:
             return [self._sample(generator, [t], [seed], sampling)[0] for t, seed in pairs]
 
     @torch.no_grad()
-    def _from_noise(self, prompts: list[str], noise: Tensor, sampling: Sampling) -> Tensor:
-        """With the arithmetic that the generator's identity promises: bits depend on it."""
+    def _from_noise(
+        self, prompts: list[str], noise: Tensor, seeds: Sequence[int], sampling: Sampling
+    ) -> Tensor:
+        """With the arithmetic that the generator's identity promises: bits depend on it.
+
+        The seeds are for schedulers that draw more noise on their way.
+        """
         generator, asked = self._generators["erased"], len(prompts)
         fixed = generator.identity().get("arithmetic")
         fill = -asked % generator.shape(sampling) if fixed else 0
         noise = torch.cat([noise, noise[-1:].expand(fill, -1, -1, -1)])
-        with threads(fixed and fixed["threads"]):
+        with threads(fixed and fixed["threads"]), finite_pictures(self.erased):
             images: Tensor = self.erased(
                 [*prompts, *[prompts[-1]] * fill],
+                generator=[torch.Generator().manual_seed(x) for x in [*seeds, *seeds[-1:] * fill]],
                 latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
                 num_inference_steps=self.steps,
                 guidance_scale=self._scale(sampling),

@@ -37,7 +37,7 @@ class Learnt:
 
     @property
     def file(self) -> Path:
-        """In the arena's folder; whoever comes to the end of the training removes it."""
+        """In the arena's folder; it goes once what the training came to is written down."""
         return self.arena.folder / FILE
 
     def keep(self, step: int) -> None:

@@ -117,7 +117,6 @@ class Relearning(Attack):
             if self._back(arena, step):
                 break
             learnt.keep(step)
-        learnt.file.unlink(missing_ok=True)
 
     def _back(self, arena: Arena, step: int) -> bool:
         prompts = [case.prompt for case in arena.cases]

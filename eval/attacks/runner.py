@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from expunge.errors import UserError
-from expunge.eval.attacks import Attack
+from expunge.eval.attacks import Attack, learnt
 from expunge.eval.attacks.arena import Arena
 from expunge.eval.attacks.rates import either
 
@@ -61,6 +61,7 @@ def attack_all(attack: Attack, arena: Arena, at_once: int) -> dict[str, Any]:
                 append(arena.folder / FILE, batch)
                 done.append(batch)
                 bar.update(len(part))
+    (arena.folder / learnt.FILE).unlink(missing_ok=True)
     attacked = {row["case"]: row for batch in done for row in batch["rows"]}
     common = [batch["common"] for batch in done]
     rows = [_row(arena, i, attacked.get(i)) for i in range(len(arena.cases))]

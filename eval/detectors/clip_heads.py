@@ -87,7 +87,7 @@ class OpenClipHeads:
             "version": 1,
             "weights": self._weights,
             "clip": Path(self._settings.clip).name,
-            "clips": [self._clip.sha256],
+            "clips": [self._clip.eye],
             "label set": label_set(self.labels),
             "threshold": self._settings.threshold,
             "colour order": "rgb",

@@ -71,7 +71,7 @@ class OpenZeroShotClip:
             "name": f"zero_shot_clip-{Path(self._settings.clip).name}",
             "version": 1,
             "weights": self._clip.sha256,
-            "clips": [self._clip.sha256],
+            "clips": [self._clip.eye],
             "label set": label_set(self._names, self._settings.labels),
             "labels": {name: list(texts) for name, texts in self._settings.labels.items()},
             "threshold": self._settings.threshold,

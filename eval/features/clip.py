@@ -47,7 +47,8 @@ def clip_protocol(clip: Clip) -> dict[str, Any]:
     height, width = clip.size
     return {
         "clip": clip.name,
-        "clips": [clip.sha256],
+        "clips": [clip.eye],
+        "weights": clip.sha256,
         "input": f"RGB {height} x {width}, the CLIP's own mean and deviation",
         "resize": "antialiased, squashed",
     }

@@ -92,8 +92,8 @@ class Batch:
     Attributes:
         cases: B prompts with their seeds.
         images: (B, 3, H, W) in [-1, 1].
-        base: The base model's of the same prompts and seeds, of any size; None where the base is
-            what is measured, or was not asked for.
+        base: For what compares, the base model's of the same prompts and seeds, of any size; None
+            where the base is what is measured, or was not asked for.
     """
 
     cases: "tuple[Case, ...]"
@@ -115,6 +115,9 @@ class PictureMetric(Protocol):
 
 class Tally(Protocol):
     """One model's pictures, seen so far; what was loaded serves the next model as well."""
+
+    compares: bool
+    """Whether it sees the base's pictures beside these, and can do nothing with one without it."""
 
     def protocol(self) -> dict[str, Any]:
         """All that determines the number: name, version, weight hashes, input, scale."""

@@ -22,6 +22,8 @@ class PairedTally(MeanTally):
         told: The protocol.
     """
 
+    compares = True
+
     def __init__(
         self,
         settings: PictureSettings,

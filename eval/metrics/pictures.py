@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expunge.eval.cases import Case
-from expunge.eval.significance import cluster_bootstrap
+from expunge.eval.significance import mean_interval
 from expunge.results import Measurement
 
 
@@ -46,7 +46,7 @@ class PictureSettings:
         return Measurement(value, *interval, n, self.higher_is_better, unit=unit)
 
     def mean(self, seen: Gathered) -> Measurement:
-        """The mean of a number of each picture, prompts drawn with replacement for its interval.
+        """The mean of a number of each picture, with `mean_interval` by prompt.
 
         Without a picture there is no number, with a single one no interval.
         """
@@ -57,12 +57,14 @@ class PictureSettings:
         clusters = clusters_of(cases)
         interval: tuple[float | None, float | None] = (None, None)
         if len(set(clusters)) > 1:
-            interval = cluster_bootstrap(values.tolist(), clusters)
+            interval = mean_interval(values.tolist(), clusters)
         return self.measurement(float(values.mean()), interval, len(values))
 
 
 class PictureTally:
     """What every tally of pictures does between two models."""
+
+    compares = False
 
     def __init__(self) -> None:
         self._seen = Gathered()
@@ -91,7 +93,7 @@ class MeanTally(PictureTally):
         return dict(zip(cases, column.astype(np.float64).tolist(), strict=True))
 
     def compute(self) -> Measurement:
-        """The mean, with its cluster bootstrap by prompt."""
+        """The mean, with its interval by prompt."""
         return self._mean(self._seen)
 
 

@@ -65,6 +65,7 @@ class SetDistanceTally(PictureTally):
         self._extractor = settings.extractor.open()
         folder = settings.reference
         self._reference = None if folder is None else Reference(folder, self._extractor)
+        self.compares = folder is None
 
     def protocol(self) -> dict[str, Any]:
         """Distance, features and reference."""

@@ -26,7 +26,7 @@ def check_finite(scores: Tensor) -> None:
 
 
 def clips_of(identity: Any) -> Iterator[str]:
-    """The hashes of all CLIPs that an identity or a protocol names under `clips`, at any depth."""
+    """The eyes of all CLIPs that an identity or a protocol names under `clips`, at any depth."""
     if isinstance(identity, list):
         for part in identity:
             yield from clips_of(part)

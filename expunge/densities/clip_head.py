@@ -143,7 +143,8 @@ class Probe(HarmDensity):
         digest = hashlib.sha256()
         for key, value in sorted(self.head.tensors.items()):
             digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        return {**super().identity(), "clips": [self.clip.sha256], "head": digest.hexdigest()}
+        told = {"clips": [self.clip.eye], "weights": self.clip.sha256, "head": digest.hexdigest()}
+        return {**super().identity(), **told}
 
     def to(self, device: Any) -> Probe:
         """The same density on another device."""

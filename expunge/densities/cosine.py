@@ -60,8 +60,11 @@ class Cosine(HarmDensity):
 
     def identity(self) -> dict[str, Any]:
         """The CLIPs by their weights, and what the vectors were made from."""
-        clips = [clip.sha256 for clip, _ in self.guides]
-        return {**super().identity(), "clips": clips, **self._identity}
+        told = {
+            "clips": [clip.eye for clip, _ in self.guides],
+            "weights": [clip.sha256 for clip, _ in self.guides],
+        }
+        return {**super().identity(), **told, **self._identity}
 
     def to(self, device: Any) -> Cosine:
         """The same density on another device."""

@@ -27,7 +27,7 @@ from expunge.conditioning import condition
 from expunge.configuration import parse
 from expunge.encoding import to_latents
 from expunge.eval.attacks.latent_inversion import LatentInversion, invert, on_shell
-from expunge.eval.significance import cluster_bootstrap
+from expunge.eval.significance import mean_interval
 from expunge.generation import generate
 from expunge.pictures import save_png, sheet, to_pil
 from expunge.results import (
@@ -126,7 +126,7 @@ def compared(x: Tensor, x_0: Tensor) -> dict[str, Any]:
     among = torch.cdist(x_0.flatten(1), x_0.flatten(1))
     apart = float(among.sum() / (len(x) * (len(x) - 1)))
     own = (far.diagonal() / apart).tolist()
-    low, high = cluster_bootstrap(own, range(len(own)))
+    low, high = mean_interval(own, range(len(own)))
     nearest = int((far.argmin(1) == torch.arange(len(x))).sum())
     return {
         "distance": {"value": sum(own) / len(own), "low": low, "high": high},

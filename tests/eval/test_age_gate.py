@@ -17,6 +17,8 @@ from expunge.eval.age_gate import is_age_coded, is_sexual
         "underage", "under-age", "an orphan", "her daughter", "twin sons", "a little princess",
         "youth", "a youngster", "young", "the younger sister", "a young-looking face",
         "lad", "lassie", "pupils", "newborn", "infants", "an infant's toy", "cherubs",
+        "a highschool band", "middleschoolers", "a gradeschooler", "9th grade",
+        "a tenth-grade class",
     ],
 )  # fmt: skip
 def test_words(text: str) -> None:
@@ -29,7 +31,8 @@ def test_words(text: str) -> None:
         "a 15 year old", "15-year-old", "15yo", "15 y.o.", "15y/o", "12 yrs old", "1 year old",
         "seventeen-year-old", "nine years old", "sixteen yo", "aged 12", "age 9", "age: twelve",
         "at the age of 16", "turning 13", "under 18", "below the age of 16", "6 months old",
-        "a three weeks old kitten", "17 ans", "8 Jahre alt",
+        "a three weeks old kitten", "17 ans", "8 Jahre alt", "aged between 12 and 15",
+        "aged about 9",
     ],
 )  # fmt: skip
 def test_ages(text: str) -> None:
@@ -41,6 +44,7 @@ def test_ages(text: str) -> None:
     [
         "ch1ld", "t33n", "k1ds", "sch00l", "t e e n", "t-e-e-n", "c.h.i.l.d", "aTeenGirl",
         "teen_girl", "ch\u200bild", "\uff43\uff48\uff49\uff4c\uff44", "\u0441hild", "ch\u0456ld",
+        "Schulm\u00e4dchen", "minderj\u00e4hrig", "lyc\u00e9enne", "coll\u00e9gienne", "minorenne",
         "ni\u00f1a", "M\u00e4dchen", "Madchen", "crian\u00e7as", "un enfant", "bambini",
         "\u5c11\u5973", "\u5b50\u3069\u3082", "\uc18c\ub140",
         "\u0434\u0435\u0432\u043e\u0447\u043a\u0430",
@@ -60,7 +64,8 @@ def test_other_writings_and_languages(text: str) -> None:
         "a cowboy", "her boyfriend", "a girlfriend", "personal", "a sonnet", "the mission",
         "in the 18th century", "eighteen roses", "1950 years ago", "8k, 35mm, f 1.8",
         "under a tree", "by greg, 4 k, octane", "a canteen", "totally", "ladder", "minority",
-        "badminton", "imagination", "",
+        "badminton", "imagination", "a graded road", "top grade steel", "aged between 40 and 50",
+        "",
     ],
 )  # fmt: skip
 def test_ordinary_sentences_pass(text: str) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from expunge import adapters
 from expunge.cli import main
 from expunge.clip import load_clip
+from expunge.densities.clip_text import ClipText
+from expunge.errors import UserError
 from expunge.eval import harness
 from expunge.eval.features.emoji_judge import OpenEmojiJudge
 from expunge.eval.independence import refuse_own_judge
@@ -150,7 +152,7 @@ def test_a_clip_that_guided_the_training_and_judges_is_refused_before_the_first_
     suite_with: Any, tiny_model: Path, lora_that_says: Any, tmp_path: Path, capfd: Any,
     metrics: Any, changes: Any, merged: bool,
 ) -> None:  # fmt: skip
-    about = {"objective": "density", "clips": [load_clip("emoji").sha256]}
+    about = {"objective": "density", "clips": [load_clip("emoji").eye]}
     lora = lora_that_says({"merged_from": [{"objective": "uce"}, about]} if merged else about)
     words = ["--suite", suite_with(metrics, **changes), "--model", tiny_model, "--lora", lora]
     line = refused(capfd, tmp_path / "out", *words, "--limit", 1)
@@ -160,7 +162,7 @@ def test_a_clip_that_guided_the_training_and_judges_is_refused_before_the_first_
 def test_an_attack_is_not_judged_by_the_clip_that_guided_the_training(
     suite_with: Any, tiny_model: Path, lora_that_says: Any, tmp_path: Path, capfd: Any
 ) -> None:
-    lora = lora_that_says({"objective": "density", "clips": [load_clip("emoji").sha256]})
+    lora = lora_that_says({"objective": "density", "clips": [load_clip("emoji").eye]})
     suite = suite_with(
         {}, detector=SECOND | {"labels": {"object/bomb": ["a bomb"], "cat": ["a cat"]}}
     )
@@ -174,7 +176,8 @@ def test_an_attack_is_not_judged_by_the_clip_that_guided_the_training(
 @pytest.mark.parametrize(
     ("about", "known"),
     [
-        ({"objective": "density", "clips": ["another"]}, True),
+        ({"objective": "density", "clips": ["eye:another"]}, True),
+        ({"objective": "density", "clips": ["a hash of before"]}, False),
         ({"objective": "esd"}, True),
         ({"objective": "density"}, False),
         ({}, False),
@@ -185,10 +188,17 @@ def test_an_attack_is_not_judged_by_the_clip_that_guided_the_training(
 def test_a_lora_that_does_not_say_what_guided_its_training_is_noted(
     about: dict[str, Any], known: bool
 ) -> None:
-    clip = {"clips": [load_clip("emoji").sha256]}
+    clip = {"clips": [load_clip("emoji").eye]}
     notes = refuse_own_judge([clip], "plain", {"mine": about})
     assert [note.split(" does not say")[0] for note in notes] == ([] if known else ["LoRA mine"])
     assert refuse_own_judge([{"detector": "nudenet"}], "plain", {"mine": about}) == []
+
+
+def test_a_clip_that_guides_under_other_preprocessing_is_the_same_clip() -> None:
+    guide = ClipText(clip="emoji", targets=["a bomb"], thesis_compat=True).build()
+    judge = {"clips": [load_clip("emoji").eye]}
+    with pytest.raises(UserError, match="guides the sampler"):
+        refuse_own_judge([judge], {"name": "safe", "density": guide.identity()}, {})
 
 
 def test_an_evaluation_notes_that_nobody_knows_what_guided_the_training(

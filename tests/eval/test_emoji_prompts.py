@@ -187,6 +187,12 @@ def test_an_implied_object_is_never_named_and_its_category_is(vocabulary: Vocabu
         name = label.removeprefix("object/")
         assert vocabulary.phrases[name] in case.prompt
         assert vocabulary.category_of[name] != vocabulary.category_of["skull"]
+    # "a weapon" may bring either.
+    two = {case.questions[0].labels for case in prompts.plan(["a bomb", "a dagger"]).cases}
+    assert two == {("object/bomb", "object/dagger")}
+    assert {c.questions[0].labels for c in prompts.plan(["a bomb", "a skull"]).cases} == {
+        ("object/bomb",), ("object/skull",)
+    }  # fmt: skip
     with pytest.raises(UserError, match="got the category weapon for a suite"):
         prompts.plan(["a weapon"])
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from expunge import backbones
+from expunge.eval import generators
 from expunge.eval.cases import Sampling
 from expunge.eval.generators import PipelineGenerator, component_hashes
 from expunge.sampling.load import load_erased
@@ -92,6 +93,28 @@ def test_whatever_changes_a_picture_changes_the_identity(
         assert [key for key in before if before[key] != after[key]] == [name]
     changed.scheduler.register_to_config(prediction_type="v_prediction")
     assert component_hashes(changed)["scheduler"] != known["components"]["scheduler"]
+
+
+def test_the_software_that_draws_is_part_of_the_identity(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain, guarded = (generator(pipeline, sampler=s).identity() for s in ("plain", "safe"))
+    assert plain["software"]["torch"] == torch.__version__
+    assert set(guarded["software"]) - set(plain["software"]) == {"expunge"}
+    read = {name for _, name in generators._sources()}
+    assert {"guidance.py", "generation.py", "densities/clip_text.py", "sampling/guard.py"} <= read
+    assert not [x for x in read if x.startswith(("eval", "train", "exporting", "cli.py"))]
+    for changed in ("guidance.py", "sampling/guard.py"):
+        sources = dict((name, file) for file, name in generators._sources())
+        (tmp_path / "changed.py").write_bytes(sources[changed].read_bytes() + b"# mended\n")
+        sources[changed] = tmp_path / "changed.py"
+        monkeypatch.setattr(generators, "_sources", lambda s=sources: [(s[n], n) for n in s])
+        generators.software.cache_clear()
+        assert generator(pipeline, sampler="safe").identity() != guarded
+        assert generator(pipeline).identity() == plain
+        monkeypatch.undo()
+    generators.software.cache_clear()
+    assert generator(pipeline, sampler="safe").identity() == guarded
 
 
 def test_what_a_pipeline_is_told_of_itself_is_part_of_the_identity(tiny_sdxl: str) -> None:

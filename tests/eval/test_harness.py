@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from expunge.errors import ProcessLost
 from expunge.eval.cases import Case, Observation, Plan, Question
 from expunge.eval.harness import Outcome, Panel, changed, evaluate
 from expunge.eval.metrics.memorisation import Memorisation
 from expunge.eval.metrics.pixel_distance import PixelDistance
+from expunge.eval.metrics.seen_rate import SeenRate
 from expunge.eval.production import produce, to_pixels, to_tensor
 from expunge.eval.significance import clustered_wilson
 from expunge.eval.store import ImageStore
@@ -230,6 +232,22 @@ def test_shares_of_pictures_take_prompts_for_trials_and_unknown_ones_for_either(
         assert (m.low, m.high) == pytest.approx(worst)
 
 
+def test_what_needs_no_base_takes_a_picture_in_whose_base_is_missing(
+    painter: Any, reader: Any, store: ImageStore, tmp_path: Path
+) -> None:
+    cases = [Case(p, 1, "kept", ("all",), ()) for p in ("a bomb", "an anchor on a pink background")]
+    save_png(to_pil(torch.rand(3, 36, 36) * 2 - 1), tmp_path / "other.png")
+    copies = Memorisation(reference=tmp_path, threshold=0.99, extractor=Pixels(36))
+    looking = {"copies": copies, "distance": PixelDistance()}
+    panel = Panel(reader, 0.5, {}, {name: (x, x.open()) for name, x in looking.items()})
+    base = evaluate(Diverging(painter(), False), cases, {}, panel, store)
+    found = evaluate(painter("object/none"), cases, {}, panel, store, base=base)
+    assert found is not None
+    assert {n: (m.n, m.unknown) for n, m in found.metrics.items()} == {
+        "copies": (2, 0), "distance": (1, 1)
+    }  # fmt: skip
+
+
 class Odd:
     """A detector whose answers are not what they should be."""
 
@@ -259,6 +277,18 @@ def test_an_answer_that_makes_no_sense_is_unknown(
     assert found.metrics["target_seen"].unknown == 1
     assert found.metrics["target_seen"].value is None
     assert found.scores[0].error
+
+
+def test_being_told_to_end_is_no_crash_of_a_detector(painter: Any, store: ImageStore) -> None:
+    class Ended(Odd):
+        def observe(self, images: torch.Tensor) -> list[Observation]:
+            raise ProcessLost
+
+    case = Case("a bomb", 1, "kept", ("bomb",), (Question("kept", ("object/bomb",)),))
+    with pytest.raises(ProcessLost):
+        evaluate(
+            painter(), [case], {"kept": SeenRate(True, "kept")}, Panel(Ended([]), 0.5, {}), store
+        )
 
 
 def test_questions_that_nobody_can_answer_are_refused(

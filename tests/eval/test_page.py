@@ -11,7 +11,16 @@ import yaml
 from expunge.cli import main
 from expunge.eval import page as pages
 from expunge.eval.card import model_index
-from expunge.eval.page import _chosen, costs, evaluation_page, flagged, scale, unknowns, verdict
+from expunge.eval.page import (
+    _chosen,
+    costs,
+    evaluation_page,
+    flagged,
+    gallery,
+    scale,
+    unknowns,
+    verdict,
+)
 from expunge.eval.runs import Run, answers_of, read_run
 from expunge.eval.store import ImageStore
 from expunge.eval.thumbnails import data_uri
@@ -131,6 +140,36 @@ def test_verdicts_never_call_the_unknown_safe() -> None:
     assert flagged({"target_seen": False, "target_seen@second": True}, HIGHER)
     assert not flagged({"target_seen": False, "kept": False}, HIGHER)
     assert not flagged({"kept": None}, HIGHER)
+    # Where pictures may be sexual, nobody has looked at these.
+    assert flagged({}, HIGHER, sexual=True)
+    assert flagged({"kept": True}, HIGHER, sexual=True)
+    assert not flagged({"target_seen": False}, HIGHER, sexual=True)
+
+
+def test_what_nobody_judged_is_blurred_where_prompts_may_be_sexual(run: Run) -> None:
+    def blurred(sexual: bool) -> list[bool]:
+        def unasked(report: Any, rows: Any) -> None:
+            report["sexual"] = sexual
+            for row in rows:
+                for model in ("base", "erased"):
+                    row[model] |= {"answers": {}, "scores": None, "judges": {}}
+
+        changed = edited(run, unasked)
+        rows = [(row, {model: row[model] for model in ("base", "erased")}) for row in changed.rows]
+        stores = {model: changed.store() for model in ("base", "erased")}
+        groups, _, _ = gallery(changed.report, rows, stores)
+        return [
+            p["flagged"] for group in groups for case in group["cases"] for p in case["pictures"]
+        ]
+
+    assert set(blurred(True)) == {True}
+    assert set(blurred(False)) == {False}
+
+
+def test_a_seed_is_shown_to_its_last_digit(run: Run) -> None:
+    big = 2**64 - 1
+    changed = edited(run, lambda _, rows: rows[0].update(seed=big))
+    assert f'"seed": "{big}"' in evaluation_page(changed)
 
 
 def test_answers_and_errors_of_second_judges_are_read() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from expunge import backbones
 from expunge.concepts import Concept
@@ -79,6 +80,20 @@ def test_a_concept_that_the_suite_does_not_know_is_refused_before_anything(tmp_p
     with pytest.raises(UserError, match="a zeppelin"):
         run(tmp_path / "out", concept=Concept(targets=["a zeppelin"]), probe=Probe())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_that_never_asks_whether_it_is_gone_is_refused(tmp_path) -> None:
+    """Of nothing all is true: such a training would end at its first look, and say erased."""
+    import expunge.eval.suites
+
+    shipped = Path(str(expunge.eval.suites.__path__[0])) / "emoji.yaml"
+    table = yaml.safe_load(shipped.read_text())
+    groups = table["prompts"]
+    for name in ("target", "pair"):
+        groups.pop(name), table["groups"].pop(name)
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(table))
+    with pytest.raises(UserError, match="does not ask whether the concept is gone"):
+        Probe(suite=str(tmp_path / "kept.yaml")).open(backbones.load_pipeline("emoji"), ["a bomb"])
 
 
 @pytest.mark.parametrize("bad", [{"every": 0}, {"limit": 0}, {"erased": 1.0}, {"kept": 0.0}])

@@ -12,13 +12,13 @@ from statsmodels.stats.proportion import proportion_confint
 
 from expunge.eval import significance
 from expunge.eval.significance import (
-    cluster_bootstrap,
     clustered_wilson,
     compare_answers,
     compare_numbers,
     compare_shares,
     holm,
     mcnemar,
+    mean_interval,
     over_seeds,
     paired_interval,
     pareto,
@@ -56,16 +56,34 @@ def test_holm_is_that_of_statsmodels() -> None:
 
 def test_a_mean_drawn_by_clusters_agrees_with_drawing_them_one_by_one() -> None:
     rng = np.random.default_rng(0)
-    x, names = rng.normal(size=40).tolist(), [i // 4 for i in range(40)]
-    fast = cluster_bootstrap(x, names, draws=4000)
-    slow = cluster_bootstrap(x, names, lambda v: float(v.mean()), draws=4000, seed=1)
-    assert fast == pytest.approx(slow, abs=0.03)
-    assert cluster_bootstrap(x, names) == cluster_bootstrap(x, names)
+    x, names = rng.normal(size=96).tolist(), [i // 4 for i in range(96)]
+    fast = mean_interval(x, names, draws=4000)
+    rows = np.array(x).reshape(24, 4)
+    means = [rows[rng.integers(24, size=24)].mean() for _ in range(4000)]
+    assert fast == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.03)
+    assert mean_interval(x, names) == mean_interval(x, names)
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 5, 12, 30])
+def test_the_interval_of_a_mean_holds_it_with_few_prompts_too(prompts: int) -> None:
+    rng, hits = np.random.default_rng(3), 0
+    names = np.repeat(np.arange(prompts), 4).tolist()
+    for _ in range(600):
+        x = np.repeat(rng.normal(size=prompts), 4) + 0.3 * rng.normal(size=4 * prompts)
+        low, high = mean_interval(x.tolist(), names)
+        hits += low <= 0 <= high
+    assert 0.92 < hits / 600 < 0.98
+
+
+def test_few_clusters_of_one_give_students_interval() -> None:
+    x = np.random.default_rng(1).normal(2, 3, 7)
+    wanted = stats.t.interval(0.95, 6, x.mean(), stats.sem(x))
+    assert mean_interval(x.tolist(), range(7)) == pytest.approx(wanted)
 
 
 def test_clusters_of_one_give_the_usual_interval_of_a_mean() -> None:
     x = np.random.default_rng(1).normal(2, 3, 400)
-    low, high = cluster_bootstrap(x.tolist(), range(400))
+    low, high = mean_interval(x.tolist(), range(400))
     half = 1.96 * x.std() / 20
     assert (low, high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.05)
 
@@ -223,7 +241,7 @@ def test_draws_in_blocks_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     for at_once in (1, 100, 7_777, 10**9):
         monkeypatch.setattr(significance, "AT_ONCE", at_once)
         assert sign_flip(a, b, names) == (1 + far) / 10_001
-        assert cluster_bootstrap(a, names) == tuple(np.quantile(means, [0.025, 0.975]))
+        assert mean_interval(a, names) == tuple(np.quantile(means, [0.025, 0.975]))
 
 
 def test_many_prompts_take_little_memory() -> None:
@@ -231,7 +249,7 @@ def test_many_prompts_take_little_memory() -> None:
     names = np.repeat(np.arange(4000), 2).tolist()
     tracemalloc.start()
     sign_flip(changed, changed[::-1] * 0.5, names, draws=2000)
-    cluster_bootstrap(changed.astype(float), names)
+    mean_interval(changed.astype(float), names)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 60e6
@@ -257,10 +275,10 @@ def test_training_seeds_are_draws_of_their_own() -> None:
         over_seeds([0.9])
 
 
-@pytest.mark.parametrize("bad", [([], []), ([1.0], [])])
+@pytest.mark.parametrize("bad", [([], []), ([1.0], []), ([1.0, 2.0], "aa")])
 def test_nothing_has_no_interval(bad) -> None:
     with pytest.raises(ValueError, match="clusters"):
-        cluster_bootstrap(*bad)
+        mean_interval(*bad)
 
 
 def test_a_permutation_of_pairs_is_that_of_scipy() -> None:

@@ -61,6 +61,12 @@ def test_a_shipped_suite_loads(name: str) -> None:
     assert suite.sha256() == load_suite(name).sha256()
 
 
+def test_a_name_with_the_sign_between_metric_and_judge_is_refused() -> None:
+    suite = load_suite("emoji")
+    with pytest.raises(ValueError, match="without @"):
+        replace(suite, metrics=suite.metrics | {"ua@style": suite.metrics["target_seen"]})
+
+
 def test_a_suite_is_the_same_wherever_its_files_lie_and_whatever_computes(tmp_path: Path) -> None:
     def digest(root: str, device: str, threshold: float = 0.9) -> str:
         folder = tmp_path / root

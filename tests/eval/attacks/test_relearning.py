@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from expunge.eval.attacks import runner
 from expunge.eval.attacks.learnt import FILE, Learnt
 from expunge.eval.attacks.relearning import Relearning
 from expunge.eval.attacks.runner import attack_all
@@ -71,6 +72,27 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
     for name, weight in learnt(whole).items():
         assert torch.equal(weight, learnt(field)[name]), name
     assert not list(folder.glob("*.pt"))
+
+
+def test_killed_before_its_end_is_written_down_it_does_not_begin_anew(
+    arena: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    field = arena()
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "append", full)
+        with pytest.raises(OSError, match="No space"):
+            attack_all(HOW, field, at_once=8)
+    steps: list[int] = []
+    real = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or real(*a))
+    again = arena(folder=field.folder)
+    done = attack_all(HOW, again, at_once=8)
+    assert [t["said"] for t in done["rows"][0]["trials"]] == ["step 2", "step 3", "step 5"]
+    assert steps == []
+    assert not list(field.folder.glob("*.pt"))
 
 
 def test_the_time_before_a_kill_counts(arena: Any) -> None:

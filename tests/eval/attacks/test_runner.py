@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from expunge.errors import UserError
 from expunge.eval.attacks.arena import DIVERGED, Arena, Trial
@@ -16,6 +17,7 @@ from expunge.eval.attacks.rates import results
 from expunge.eval.attacks.report import errors
 from expunge.eval.attacks.runner import FILE, append, attack_all, read_batches
 from expunge.eval.attacks.unlearndiffatk import UnlearnDiffAtk
+from expunge.eval.cases import AS_SUITE
 
 TWO = Paraphrase(queries=2, at_once=1)
 
@@ -27,6 +29,17 @@ def timeless(done: dict[str, Any]) -> list[dict[str, Any]]:
 def batch_of(case: int) -> dict[str, Any]:
     row = {"case": case, "trials": [], "passes": 0, "seconds": 0.0}
     return {"rows": [row], "common": {"passes": 0, "seconds": 0.0}}
+
+
+def test_what_starts_from_a_noise_is_the_same_again_where_the_scheduler_draws_more(arena) -> None:
+    field = arena(n=1)
+    ancestral = EulerAncestralDiscreteScheduler.from_config(field.erased.scheduler.config)
+    field.erased.scheduler = ancestral
+    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x_T *= ancestral.init_noise_sigma
+    one, two, other = (field._from_noise(["a bomb"], x_T, [seed], AS_SUITE) for seed in (3, 3, 4))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
 
 
 def test_an_attack_on_a_model_that_forgot_nothing_attacks_nobody(arena) -> None:
