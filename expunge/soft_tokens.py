@@ -210,13 +210,14 @@ def fits(pipeline: Any, texts: Iterable[str], coming: Mapping[str, int] | None =
     for tokenizer, encoder in text_encoders(pipeline):
         # A tokenizer that was saved without its length gives an astronomic one.
         most = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        for text in read:
-            bare, n = text, 0
-            for name, k in coming.items():
-                n += k * bare.count(name)
-                bare = bare.replace(name, " ")
-            with quiet(logging):  # that it is long is said below
-                n += len(token_ids(pipeline, bare, tokenizer))
+        extra, bare = [0] * len(read), read
+        for name, k in coming.items():
+            extra = [n + k * text.count(name) for n, text in zip(extra, bare, strict=True)]
+            bare = [text.replace(name, " ") for text in bare]
+        with quiet(logging):  # that one is long is said below
+            known = [len(token_ids(pipeline, text, tokenizer)) for text in bare]
+        for text, *parts in zip(read, extra, known, strict=True):
+            n = sum(parts)
             if n > most:
                 raise UserError(
                     f"got prompt {text!r}, {n} tokens with the two at its ends; allowed: at most "
