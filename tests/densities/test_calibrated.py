@@ -182,7 +182,7 @@ def test_a_calibration_of_another_density_is_refused(file: str, tiny_clip: str) 
     texts = ["a bomb", "a skull"]
     for other, what in [
         (ClipText(clip=tiny_clip, targets=["a bomb", "a cat face"]), "names"),
-        (ClipText(clip=tiny_clip, targets=texts, thesis_compat=True), "clips"),
+        (ClipText(clip=tiny_clip, targets=texts, thesis_compat=True), "weights"),
         (FromCallable("torch.nn.functional:relu", texts), "class"),
     ]:
         with pytest.raises(UserError, match=f"made with another density: {what} differs"):

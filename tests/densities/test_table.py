@@ -132,7 +132,7 @@ def test_its_identity_names_every_clip_that_it_sees_through(
 ) -> None:
     loaded_clips.clear()
     identity = build(row[1]).identity()
-    assert set(clips_of(identity)) == {clip.sha256 for clip in loaded_clips}
+    assert set(clips_of(identity)) == {clip.eye for clip in loaded_clips}
     assert bool(loaded_clips) == (row[0] != "callable")
 
 

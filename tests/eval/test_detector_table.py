@@ -182,7 +182,7 @@ def test_its_protocol_names_every_clip_that_it_sees_through(
     name: str, opened: Any, loaded_clips: list[Any]
 ) -> None:
     _, detector = opened(name)
-    assert set(clips_of(detector.protocol())) == {clip.sha256 for clip in loaded_clips}
+    assert set(clips_of(detector.protocol())) == {clip.eye for clip in loaded_clips}
     assert bool(loaded_clips) == (name in ("q16", "clip_heads", "zero_shot_clip"))
 
 
@@ -192,7 +192,7 @@ def test_a_density_of_several_parts_names_the_clips_of_all(
     text = {"type": "clip_text", "clip": tiny_clip, "targets": ["a bomb"], "threshold": 0.2}
     other = {"type": "callable", "function": "own_density:brightness", "names": ["red", "light"]}
     _, detector = opened("density", density={"type": "combination", "densities": [other, text]})
-    assert list(clips_of(detector.protocol())) == [clip.sha256 for clip in loaded_clips] != []
+    assert list(clips_of(detector.protocol())) == [clip.eye for clip in loaded_clips] != []
 
 
 @pytest.mark.parametrize("name", DETECTORS.names())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from expunge.backbones import bundled
 from expunge.errors import UserError
@@ -165,7 +166,7 @@ def test_a_prefix_of_ones_own_replaces_the_formulas(both, pictures) -> None:
     assert tally.compute().value == pytest.approx(2.5 * np.maximum(plain, 0).mean(), rel=1e-4)
     told = tally.protocol()
     assert (told["formula"], told["prefix"]) == ("clipscore", "")
-    assert len(told["clips"][0]) == 64
+    assert told["clips"][0].startswith("eye:")
 
 
 def test_the_interval_is_of_prompts(both, pictures) -> None:
@@ -181,9 +182,8 @@ def test_the_interval_is_of_prompts(both, pictures) -> None:
     assert again.low == pytest.approx(whole.low, abs=1e-6)
     cosines = reference(both, images, [case.prompt for case in cases])
     means = [cosines[i::3].mean() for i in range(3)]
-    # Of three prompts, one draw in 27 takes the lowest thrice: more than the 2.5 % below `low`.
-    assert whole.low == pytest.approx(min(means), abs=1e-5)
-    assert whole.high == pytest.approx(max(means), abs=1e-5)
+    wanted = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+    assert (whole.low, whole.high) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_pictures_go_best_with_their_own_prompts(emoji: Any) -> None:

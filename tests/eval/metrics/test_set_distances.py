@@ -264,4 +264,4 @@ def test_cmmd_is_a_thousand_times_the_paper_on_clips_vectors(tiny_clip: str) -> 
     assert found.value == pytest.approx(1000 * (sums[0] + sums[1] - 2 * sums[2]) / 49, rel=1e-4)
     told = settings.open().protocol()
     assert told["formula"] == "1000 x biased MMD², Gaussian kernel, sigma 10"
-    assert told["features"]["clips"] == [load_clip(tiny_clip).sha256]
+    assert told["features"]["clips"] == [load_clip(tiny_clip).eye]

@@ -104,7 +104,7 @@ def test_its_protocol_names_every_clip_that_it_sees_through(
         assert not fields & {"clip", "architecture", "extractor", "detector"}
         return
     protocol = read({"type": name, **seeing[name]}).open().protocol()
-    assert set(clips_of(protocol)) == {clip.sha256 for clip in loaded_clips} != set()
+    assert set(clips_of(protocol)) == {clip.eye for clip in loaded_clips} != set()
 
 
 @pytest.mark.parametrize("name", FEATURES.names())
@@ -114,7 +114,7 @@ def test_an_extractor_that_takes_a_clip_names_it(
     row = FEATURES.load(name)
     if "clip" in {f.name for f in dataclasses.fields(row)}:
         protocol = row(clip=tiny_clip).open().protocol()
-        assert set(clips_of(protocol)) == {clip.sha256 for clip in loaded_clips} != set()
+        assert set(clips_of(protocol)) == {clip.eye for clip in loaded_clips} != set()
 
 
 def test_a_misspelt_extractor_or_formula_is_one_line() -> None:
