@@ -72,7 +72,7 @@ class OpenDetector(Protocol):
 
         `name` is short, for `protocol_id`; the table's name for it is `detector`. `version` rises
         whenever our own code comes to answer otherwise; without one it is 1. Where there are any:
-        `weights` (their SHA-256), `clips` (those of all CLIPs that it sees through, so that
+        `weights` (their SHA-256), `clips` (the eyes of all CLIPs that it sees through, so that
         none judges what it guided), `label set`, `threshold`, `colour order`, and `unusual`, other
         settings that change answers and are not the defaults.
         """
