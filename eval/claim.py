@@ -50,8 +50,8 @@ def refuse_another(folder: Path, overwrite: bool, settings: dict[str, Any], kind
         raise other
     if overwrite:
         return
-    known = found["settings"]
-    changed = [key for key in settings if known.get(key) != settings[key]]
+    known, told = found["settings"], json.loads(json.dumps(settings))  # tuples are lists there
+    changed = [key for key in told if known.get(key) != told[key]]
     # The list follows from concept and limit too; only if it alone is another does it say more.
     changed = [key for key in changed if key != "prompt list"] or changed
     if changed:

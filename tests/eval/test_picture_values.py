@@ -14,6 +14,7 @@ from expunge.cli import main
 from expunge.eval.comparison import Method, compare
 from expunge.eval.runs import Run, read_run
 from expunge.eval.significance import compare_answers, compare_numbers
+from expunge.pictures import save_png, to_pil
 from html_pages import Balance
 
 NUMBERS = {"clip", "surprise", "moved"}
@@ -45,6 +46,39 @@ def folders(
                  "--lora_scale", scale, "--limit", 4, "--store", root / "images"]  # fmt: skip
         assert main(["eval", *map(str, words), "--output_dir", str(root / name)]) == 0
     return root
+
+
+def test_a_rerun_is_the_same_evaluation_and_another_reference_is_another(
+    suite_file: Path, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reference").mkdir()
+    for i in range(2):
+        save_png(to_pil(torch.full((3, 32, 32), i / 2)), tmp_path / "reference" / f"{i}.png")
+    table = yaml.safe_load(suite_file.read_text())
+    own = {"type": "memorisation", "reference": str(tmp_path / "reference"), "threshold": 0.9}
+    table["metrics"] |= {
+        "copies": own | {"extractor": {"type": "emoji_judge"}},
+        "clip": {"type": "clip_score", "clip": "emoji", "device": "cpu"},
+        "moved": {"type": "distance"},
+        "missed": {"type": "bias", "detector": table["detector"], "measure": "miss_rate"},
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    words = ["eval", "--suite", tmp_path / "suite.yaml", "--model", tiny_model, "--limit", 1]
+    words += ["--concept", "a bomb", "--output_dir", tmp_path / "out"]
+
+    def report() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
+        return {k: v for k, v in found.items() if k != "provenance"}
+
+    assert main(list(map(str, words))) == 0
+    first = report()
+    assert main(list(map(str, words))) == 0
+    assert report() == first
+    save_png(to_pil(torch.ones(3, 32, 32)), tmp_path / "reference" / "0.png")
+    capfd.readouterr()
+    assert main(list(map(str, words))) == 2
+    assert "an evaluation with another metrics" in capfd.readouterr().err
+    assert report() == first
 
 
 @pytest.fixture
