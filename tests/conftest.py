@@ -7,8 +7,12 @@ from collections.abc import Iterator
 # Before any test module can import a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "1"  # equality to the bit is claimed for the CPU
-# Beside other workers a second thread only waits for them.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Beside other workers a second thread only waits for them. A worker inherits what the process that
+# starts it has set here, so that it must not be a default.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
