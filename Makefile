@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 COPY := build/installed
-TEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-exhaustive check emoji clean
+.PHONY: install demo test check emoji clean
 
 install: $(STAMP)
 
@@ -18,13 +17,8 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/expunge demo --output_dir demo
 
-# One of each kind.
 test: install
-	$(TEST) -m "not exhaustive"
-
-# The same of every kind: every configuration, pipeline, page of the docs.
-test-exhaustive: install
-	$(TEST) -m exhaustive
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # An editable install shows mypy and import-linter no rooms, so both read an installed copy.
 check: install

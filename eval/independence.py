@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.clip import EYE
 from expunge.densities.base import clips_of
 from expunge.errors import UserError
 
@@ -51,6 +50,8 @@ def _tells(about: Mapping[str, Any]) -> bool:
     Only what a density guided has `clips`; of a density without, such as a function of the user's,
     nobody knows, nor of what was trained when CLIPs were known by other hashes.
     """
+    from expunge.clip import EYE
+
     parts = about.get("merged_from", [about])
     return all(
         all(clip.startswith(EYE) for clip in x["clips"])

@@ -18,7 +18,6 @@ def last_line(script: str, *arguments: object) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_what_erasing_costs(tmp_path) -> None:
     few = ("--steps", "1", "--limit", "1", "--looks", "1")
     found = last_line("train.py", *few, "--output_dir", tmp_path)

@@ -30,7 +30,7 @@ QUICK = {
     "expunge ls": "",
     "expunge --help": "",
 }
-MAKE = ("make install", "make demo", "make test", "make test-exhaustive", "make check")
+MAKE = ("make install", "make demo", "make test", "make check")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -74,7 +74,6 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name",
     ["samplers.md", "exporting.md", "evaluation.md", "suites.md", "reports.md", "attacks.md"],
@@ -91,7 +90,6 @@ def test_a_page_of_the_docs_runs(tmp_path, name) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_page_on_training_runs(tmp_path) -> None:
     page = ROOT / "docs" / "training.md"
     for name in ("configs", "train_erase.py"):
@@ -110,7 +108,6 @@ def test_the_settings_of_the_page_on_training_go_together(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_page_on_feedback_runs(tmp_path) -> None:
     """But the command that waits for key presses, which tests/feedback runs."""
     (tmp_path / "models").symlink_to(ROOT / "models")

@@ -72,7 +72,6 @@ def test_the_scheduler_does_not_matter(shape, request) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.exhaustive
 def test_what_it_learns_explains_the_pictures(tiny_sd1) -> None:
     """Fixed noise and times: the loss of the token's prompt falls, as gradients promise."""
     how = Inversion(vectors=1, steps=60, batch_size=8, repel=0.0, norm=0.0, learning_rate=0.1)

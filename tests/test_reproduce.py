@@ -189,7 +189,6 @@ def test_the_table_of_samplers(tmp_path, quick) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) -> None:
     arguments = ("--only", "UCE", "--concepts", "bomb; ink", "--limit", "1")
     done = run("erasure_table.py", *arguments, "--output_dir", str(tmp_path))
@@ -220,7 +219,6 @@ def test_the_table_of_erasure_pools_concepts_and_goes_on_where_it_was(tmp_path) 
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) -> None:
     done = run(
         "several.py", "--only", "the three together; one training, balanced", "--seeds", "1",
@@ -245,7 +243,6 @@ def test_adapters_trained_apart_are_put_together_beside_one_for_all(tmp_path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_gate_and_the_gradient_are_targets_of_one_recipe(tmp_path) -> None:
     done = run(
         "gates.py", "--only", "gradient, gate", "--limit", "1", "--steps", "1", "--output_dir",
@@ -312,7 +309,6 @@ def test_a_part_of_a_table_leaves_its_other_cells(monkeypatch, tmp_path) -> None
         run(1, uce=5)
 
 
-@pytest.mark.exhaustive
 def test_as_many_latents_at_random_are_others_with_every_seed(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     import coreset

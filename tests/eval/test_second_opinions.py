@@ -27,6 +27,7 @@ class Brightness:
     higher_is_better: bool = True
     meaning: str = "brightness"
     chokes_on: Callable[[Batch], bool] = lambda batch: False
+    compares = True
 
     def open(self) -> "Brightness":
         return self

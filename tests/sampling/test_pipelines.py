@@ -20,7 +20,6 @@ from expunge.sampling.guard import guard
 from expunge.sampling.samplers.negative_prompt import NegativePrompt
 from expunge.sampling.samplers.safree import Safree
 from expunge.sampling.samplers.sld import Sld
-from tiers import some
 
 # Where the prompt is the concept to the letter, ep = eh and SLD does nothing: so it is published.
 BOMB = Concept(targets=["a bomb and a grenade"])
@@ -101,7 +100,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=some(CASES, ["sdxl", "img2img"]), ids=str)
+@pytest.fixture(params=CASES, ids=str)
 def case(request):
     fixture, make, arguments = CASES[request.param]
     return request.param, make(request.getfixturevalue(fixture)), arguments

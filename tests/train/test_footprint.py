@@ -115,7 +115,6 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @needs_compiler
 def test_a_compiled_run_is_the_same_run(tiny_sd1, tmp_path) -> None:
     """Adapter off and on, with and without gradient, in one compiled network."""

@@ -20,7 +20,6 @@ from expunge.errors import UserError
 from expunge.train.train_erase import train
 from forked import Forked
 from small_runs import KINDS, small_run
-from tiers import some
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +40,7 @@ def launch(arguments: list[str], script: str = SCRIPT) -> Forked:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", some(OFTEN, ["esd-together"]))
+@pytest.mark.parametrize("kind", OFTEN)
 def test_killed_at_any_step_and_resumed_is_bit_identical(tiny_sd1, tmp_path, kind) -> None:
     steps = 8
     reference = small_run(
@@ -85,10 +84,7 @@ Trainer._optimise = once
 """
 
 
-@pytest.mark.parametrize(
-    "kind",
-    some((kind for kind in KINDS if kind not in OFTEN), ["density", "twin", "hfi", "esd-replay"]),
-)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OFTEN])
 def test_killed_once_every_other_kind_goes_on_to_the_bit(tiny_sd1, tmp_path, kind) -> None:
     run = small_run(tiny_sd1, tmp_path / "killed", checkpoint_every=2, **KINDS[kind])
     (tmp_path / "run.yaml").write_text(dump(run))

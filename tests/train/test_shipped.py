@@ -15,11 +15,9 @@ from expunge import adapters, backbones
 from expunge.configuration import parse
 from expunge.train.config import TrainConfig
 from expunge.train.train_erase import train
-from tiers import some
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
 EMOJI = sorted(CONFIGS.glob("emoji_*.yaml"))
-ALWAYS = ("emoji_bomb_density", "emoji_bomb_esd_published", "emoji_bomb_twin")
 FEW = [
     "--steps", "2", "--batch_size", "2", "--latents.steps", "2", "--validation.steps", "1",
     "--validation.seeds", "1", "--validation.prompts", "[a bomb]",
@@ -52,9 +50,9 @@ def bomb(pipeline: StableDiffusionPipeline) -> torch.Tensor:
         return pipeline.unet(x_t, torch.tensor(500), states).sample
 
 
-@pytest.mark.parametrize("name", some((file.stem for file in EMOJI), ALWAYS))
-def test_on_the_bundled_model_it_leaves_a_lora_for_plain_diffusers(name, plain, tmp_path) -> None:
-    train(small(f"{name}.yaml", tmp_path / "out"))
+@pytest.mark.parametrize("file", EMOJI, ids=lambda file: file.stem)
+def test_on_the_bundled_model_it_leaves_a_lora_for_plain_diffusers(file, plain, tmp_path) -> None:
+    train(small(file.name, tmp_path / "out"))
     before = bomb(plain)
     plain.load_lora_weights(tmp_path / "out", weight_name=adapters.FILE)
     try:

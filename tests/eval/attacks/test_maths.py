@@ -140,16 +140,13 @@ def test_the_prefix_lowers_the_loss_that_it_is_found_by(arena) -> None:
     assert best < sum(others) / len(others)
 
 
-EXTRA = pytest.mark.exhaustive
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [
         UnlearnDiffAtk(times=4, learning_rate=0.2, weight_decay=0.0),
-        pytest.param(Prompting4Debugging(tokens=8, iterations=120, tried_every=40), marks=EXTRA),
-        pytest.param(RingABell(generations=100, tries=2), marks=EXTRA),
+        Prompting4Debugging(tokens=8, iterations=120, tried_every=40),
+        RingABell(generations=100, tries=2),
     ],
 )
 def test_the_search_finds_what_was_never_erased(arena, attack) -> None:

@@ -9,7 +9,6 @@ from expunge.eval.attacks import runner
 from expunge.eval.attacks.learnt import FILE, Learnt
 from expunge.eval.attacks.relearning import Relearning
 from expunge.eval.attacks.runner import attack_all
-from tiers import some
 
 # It never comes back, and so is looked at three times.
 HOW = Relearning(pictures=2, checkpoints=[2, 3, 5], learning_rate=1e-6, batch_size=2, share=1.0)
@@ -24,7 +23,7 @@ def timeless(done: dict[str, Any]) -> tuple[Any, ...]:
     return rows, done["common"]["passes"]
 
 
-@pytest.mark.parametrize("dtype", some([torch.float32, torch.bfloat16], [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
     arena: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:

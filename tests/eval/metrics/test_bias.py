@@ -127,7 +127,6 @@ def test_a_detector_without_objects_is_one_line() -> None:
         Bias(detector=Channels(names=("style/ink",)), prefix="thing/").open()
 
 
-@pytest.mark.exhaustive
 def test_the_judge_sees_more_bias_in_spoiled_pictures(emoji: Any, spoiled: Any) -> None:
     cases, images = emoji
     found: Mapping[str, list[float]] = {

@@ -211,7 +211,6 @@ class TestEverySetDistance:
         with pytest.raises(UserError, match="holds no picture"):
             replace(settings, reference=tmp_path).open()
 
-    @pytest.mark.exhaustive
     def test_more_noise_is_farther(self, settings: Any, emoji: Any, spoiled: Any) -> None:
         # Turned and moved, so that there are more pictures than features.
         def more(images: torch.Tensor) -> torch.Tensor:
