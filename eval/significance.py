@@ -64,7 +64,7 @@ def _member(clusters: Sequence[Hashable]) -> list[int]:
 
 
 def _ratio_of_sums(
-    above: Values, below: NDArray[Any], draws: int = DRAWS, seed: int = 0
+    above: NDArray[Any], below: NDArray[Any], draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float] | None:
     """Of Σ_c above_c / Σ_c below_c over C clusters; None where what is below is not above 0."""
     C = len(below)

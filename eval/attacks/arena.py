@@ -325,7 +325,9 @@ class Arena:
         with threads(fixed and fixed["threads"]), finite_pictures(self.erased):
             images: Tensor = self.erased(
                 [*prompts, *[prompts[-1]] * fill],
-                generator=[torch.Generator().manual_seed(x) for x in [*seeds, *seeds[-1:] * fill]],
+                generator=[
+                    torch.Generator().manual_seed(seed) for seed in [*seeds, *[seeds[-1]] * fill]
+                ],
                 latents=noise.to(self.erased.unet.device, self.erased.unet.dtype),
                 num_inference_steps=self.steps,
                 guidance_scale=self._scale(sampling),
